@@ -1,0 +1,164 @@
+"""`tlcli finetune` as a user types it."""
+
+import json
+import shutil
+
+import pytest
+
+from tlcli import paths
+
+TINY = ("--backbone", "test_resnet", "--random-init", "--image-size", "32", "--l2", "0.01,1", "--folds", "3")
+
+
+@pytest.fixture
+def folder(tmp_path, make_images):
+    return make_images(tmp_path / "images", {"a": 12, "b": 12})
+
+
+def test_it_prints_the_score_with_its_interval_and_what_comes_next(run_cli, folder):
+    result = run_cli("finetune", folder, *TINY)
+    assert result.code == 0
+    for part in (
+        "val accuracy",
+        "95 %",
+        "always the most frequent class",
+        "cross-validation",
+        "runs/images-",
+    ):
+        assert part in result.stdout
+    assert "tlcli evaluate runs/images-test_resnet-feature-extraction" in result.stderr
+    assert "reused 0, computed 24" in result.stderr
+
+
+def test_the_document_has_the_fixed_fields(run_cli, folder, tmp_path):
+    result = run_cli("finetune", folder, *TINY, "-o", tmp_path / "run", "--json")
+    document = json.loads(result.stdout)
+    assert document["schema"] == "tlcli.finetune/1"
+    assert document["run_path"] == str(tmp_path / "run")
+    assert document["scenario"] == "feature-extraction"
+    assert 0 <= document["metrics"]["val"]["top1_accuracy"] <= 1
+    assert set(document["metrics"]["val"]["interval"]) >= {"low", "high"}
+    assert set(document["features"]) >= {"rows_reused", "rows_computed", "images_skipped"}
+    assert document["seconds"]
+
+
+def test_a_dry_run_does_nothing(run_cli, folder, tmp_path):
+    result = run_cli("finetune", folder, *TINY, "-o", tmp_path / "run", "--dry-run", "--json")
+    assert result.code == 0
+    document = json.loads(result.stdout)
+    assert document["schema"] == "tlcli.finetune.plan/1"
+    assert document["run_path"] == str(tmp_path / "run")
+    assert document["rows_to_compute"] == 24
+    assert not (tmp_path / "run").exists()
+    assert not paths.home().exists()
+    assert "next:" not in result.stderr
+
+
+def test_the_configuration_of_a_run_repeats_it(run_cli, folder, tmp_path):
+    first = json.loads(
+        run_cli("finetune", folder, *TINY, "--seed", "5", "-o", tmp_path / "a", "--json").stdout
+    )
+    again = run_cli("finetune", "--config", tmp_path / "a/config.yaml", "-o", tmp_path / "b", "--json")
+    second = json.loads(again.stdout)
+    assert second["metrics"] == first["metrics"]
+    assert second["head"] == first["head"]
+    assert (tmp_path / "a/config.yaml").read_text() == (tmp_path / "b/config.yaml").read_text()
+    changed = run_cli(
+        "finetune", "--config", tmp_path / "a/config.yaml", "--seed", "6", "--l2", "3", "--json"
+    )
+    assert json.loads(changed.stdout)["head"]["chosen"]["l2"] == 3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--scenario", "feature-extraction", "--freeze", "8"),
+        ("--freeze", "none"),
+        ("--scenario", "full"),
+        ("--head", "mlp:x"),
+        ("--weights", "w.pth"),  # contradicts --random-init
+        ("--l2", "one"),
+        ("--folds", "1"),
+        ("--backbone", "no-such-net"),
+        ("--image-size", "4"),
+    ],
+    ids=" ".join,
+)
+def test_contradictions_and_unknown_names_are_usage_errors(run_cli, folder, arguments):
+    result = run_cli("finetune", folder, *TINY, *arguments, "--json")
+    assert (result.code, result.stdout) == (2, "")
+    assert result.stderr
+    assert not paths.home().exists()
+
+
+def test_the_output_directory(run_cli, folder, tmp_path):
+    def code(*arguments):
+        return run_cli("finetune", folder, *TINY, *arguments).code
+
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "photo.jpg").write_text("precious")
+    assert code("-o", run) == 0
+    assert code("-o", run) == 2
+    assert code("-o", run, "--overwrite") == 0
+    assert code("-o", mine) == 2
+    assert code("-o", mine, "--overwrite") == 2
+    assert code("-o", mine / "photo.jpg" / "run") == 2
+    assert (mine / "photo.jpg").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "one class", "broken csv"])
+def test_data_that_cannot_be_used(run_cli, tmp_path, make_images, kind):
+    data = tmp_path / "data"
+    if kind == "empty":
+        data.mkdir()
+    elif kind == "one class":
+        make_images(data, {"a": 5})
+    elif kind == "broken csv":
+        data = tmp_path / "labels.csv"
+        data.write_text("file,class\nx.png,a\n")
+    result = run_cli("finetune", data, *TINY, "--json")
+    assert (result.code, result.stdout) == (3, "")
+    assert "error:" in result.stderr
+
+
+def test_a_class_that_loses_everything(run_cli, folder):
+    for path in (folder / "b").iterdir():
+        path.write_bytes(b"no image " + path.name.encode())
+    result = run_cli("finetune", folder, *TINY, "--max-bad", "1", "--json")
+    assert (result.code, result.stdout) == (3, "")
+    assert "'b'" in result.stderr
+
+
+def test_csv_data_gives_the_run_of_the_folder(run_cli, folder, tmp_path):
+    lines = [f"{path.relative_to(tmp_path)},{path.parent.name}" for path in sorted(folder.rglob("*.png"))]
+    (tmp_path / "labels.csv").write_text("filename,label\n" + "\n".join(lines) + "\n")
+    a = json.loads(run_cli("finetune", folder, *TINY, "--json").stdout)
+    b = json.loads(run_cli("finetune", tmp_path / "labels.csv", *TINY, "--json").stdout)
+    assert b["metrics"] == a["metrics"]
+    assert b["features"]["rows_computed"] == 0
+
+
+def test_a_refit_reports_the_cross_validation(run_cli, folder, tmp_path):
+    result = run_cli("finetune", folder, *TINY, "--refit", "-o", tmp_path / "run")
+    assert result.code == 0
+    assert "cross validation accuracy" in result.stdout
+    assert "val accuracy" not in result.stdout
+    gated = run_cli("evaluate", tmp_path / "run", "--min-accuracy", "0.1", "--json")
+    assert (gated.code, gated.stdout) == (2, "")
+    assert "trained on val" in gated.stderr
+    assert run_cli("evaluate", tmp_path / "run").code == 0
+
+
+def test_class_names_of_any_kind(run_cli, folder, tmp_path):
+    (folder / "a").rename(folder / "[red]a[bold")
+    (folder / "b").rename(folder / "b 猫 'x'")
+    result = run_cli("finetune", folder, *TINY, "-o", tmp_path / "run")
+    assert result.code == 0, result.stderr
+    measured = run_cli("evaluate", tmp_path / "run")
+    assert measured.code == 0
+    assert "[red]a[bold" in measured.stdout
+    shown = run_cli("predict", tmp_path / "run", folder, "--format", "csv", "--top", "2")
+    assert "b 猫 'x'" in shown.stdout
+    shutil.rmtree(tmp_path / "run")

@@ -1,0 +1,145 @@
+"""Fixtures of the whole suite: an isolated home, no network, one thread, small learnable images."""
+
+import colorsys
+import logging
+import os
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one command line gave."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep every test's state below a folder of its own, away from hubs and from the user's settings."""
+    home = tmp_path_factory.mktemp("home")
+    for name in ("TLCLI_OFFLINE", "TLCLI_DEVICE", "TLCLI_WORKERS", "TLCLI_JSON", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TLCLI_HOME", str(home / "tlcli"))
+    monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
+    monkeypatch.setenv("TORCH_HOME", str(home / "torch"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.chdir(home)
+    random.seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Two cores are shared by everything a test machine does."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Return `run_cli(*args) -> Result`, which runs a command line in this process."""
+
+    def run(*args: object) -> Result:
+        from tlcli.cli.app import main
+
+        before = dict(os.environ)
+        capfd.readouterr()
+        try:
+            code = main([str(arg) for arg in args])
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+            logger = logging.getLogger("tlcli")
+            logger.handlers, logger.propagate = [], True
+        captured = capfd.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return run
+
+
+def write_images(
+    root: Path,
+    counts: Mapping[str, int],
+    size: tuple[int, int] = (32, 32),
+    suffix: str = ".png",
+    seed: int = 0,
+) -> Path:
+    """Write `counts[class]` images a class: a shape in the class's hue at a random place, easy to learn."""
+    generator = random.Random(seed)
+    for number, (name, count) in enumerate(counts.items()):
+        folder = root / name
+        folder.mkdir(parents=True, exist_ok=True)
+        hue = number / max(1, len(counts))
+        for index in range(count):
+            shade = generator.randrange(200, 256)
+            image = Image.new("RGB", size, (shade, shade, shade))
+            left, top = generator.randrange(size[0] // 3), generator.randrange(size[1] // 3)
+            colour = colorsys.hsv_to_rgb(hue, 0.9, 0.6 + 0.4 * generator.random())
+            fill = tuple(int(255 * value) for value in colour)
+            ImageDraw.Draw(image).rectangle((left, top, left + size[0] // 2, top + size[1] // 2), fill=fill)
+            image.save(folder / f"{index:03d}{suffix}")
+    return root
+
+
+@pytest.fixture
+def make_images() -> Callable[..., Path]:
+    """Return `make_images(root, {class: count}, size, suffix, seed) -> root`."""
+    return write_images
+
+
+TINY = ("--backbone", "test_resnet", "--random-init", "--image-size", "32")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A data set and a run trained on it; tests that change a run take a copy."""
+
+    images: Path
+    run: Path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Return a run of a tiny backbone whose head is stored as its classifier.
+
+    Classes b and c look alike, so that it makes mistakes.
+    """
+    from tlcli import heads
+    from tlcli.config import FinetuneConfig
+    from tlcli.finetune import finetune, plan_finetune
+    from tlcli.progress import Silent
+
+    root = tmp_path_factory.mktemp("trained")
+    images = write_images(root / "images", {"a": 16, "b": 16})
+    alike = write_images(root / "alike", {"x": 16, "y": 16}, seed=1)
+    (alike / "y").rename(images / "c")
+    config = FinetuneConfig(
+        data=str(images), backbone="test_resnet", random_init=True, image_size=32, output=str(root / "run"),
+        dtype="fp32", workers=2,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TLCLI_HOME", str(root / "home"))
+        patch.setattr(heads, "SCALINGS", ("plain",))
+        finetune(plan_finetune(config, Silent()), Silent())
+    return Trained(images, root / "run")
+
+
+@pytest.fixture
+def real_assets() -> Path:
+    """Return the folder of the real backbone and data sets, or skip."""
+    value = os.environ.get("TLCLI_REAL_ASSETS")
+    if not value or not Path(value).is_dir():
+        pytest.skip("TLCLI_REAL_ASSETS is not set to the folder of the real assets")
+    return Path(value)

@@ -1,0 +1,102 @@
+"""The examples do what their headers say; the benchmarks are only parsed (they need data and minutes)."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+
+Images = Callable[..., Path]
+Script = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def ci(tmp_path: Path) -> Script:
+    """Return `ci(*arguments)`, which runs ci.sh with a tlcli that is not on PATH."""
+    folder = tmp_path / "environment"
+    folder.mkdir()
+    python = shlex.quote(sys.executable)
+    for name, words in {"tlcli": f"{python} -m tlcli", "python3": python}.items():
+        (folder / name).write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        (folder / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        "TLCLI": str(folder / "tlcli"),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
+        command = ["sh", str(EXAMPLES / "ci.sh"), *map(str, arguments)]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+def test_ci_passes_and_fails_by_the_gate(tmp_path: Path, make_images: Images, ci: Script) -> None:
+    data = make_images(tmp_path / "my data", {"ants": 30, "bees": 30})
+    good = ci(data, "0.9")
+    assert good.returncode == 0, good.stderr
+    assert re.fullmatch(
+        r"accuracy=\S+ interval=\S+\.\.\S+ images=\d+ skipped=0 gate=0.9 passed=True\n", good.stdout
+    )
+    documents = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "ci-output").glob("*.json")}
+    assert {name: document["schema"] for name, document in documents.items()} == {
+        "check": "tlcli.data.check/1",
+        "finetune": "tlcli.finetune/1",
+        "evaluation": "tlcli.evaluate/1",
+    }
+
+    # Labels that say nothing: no classifier reaches 1.0 on both halves of one class.
+    mixed = make_images(tmp_path / "mixed", {"a/x": 20, "b/x": 20}, seed=1)
+    for number, path in enumerate(sorted(mixed.rglob("*.png"))):
+        if number % 2:
+            path.rename(mixed / ("b" if path.parts[-3] == "a" else "a") / f"moved{number}.png")
+    bad = ci(mixed, "1", tmp_path / "bad")
+    assert bad.returncode == 6, bad.stderr
+    assert bad.stdout.endswith("gate=1 passed=False\n")
+    assert "below --min-accuracy" in bad.stderr
+    assert json.loads((tmp_path / "bad" / "evaluation.json").read_text())["gate"]["passed"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nowhere"], 3, "nowhere"),
+        ([], 2, "usage:"),
+        (["data", "1.5"], 2, "not a number from 0 to 1"),
+        (["data", "0.9x"], 2, "not a number from 0 to 1"),
+    ],
+)
+def test_ci_refuses_what_it_cannot_use(ci: Script, arguments: list[str], code: int, message: str) -> None:
+    done = ci(*arguments)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_example_parses_and_begins_with_its_command() -> None:
+    scripts = sorted(EXAMPLES.rglob("*.py"))
+    assert scripts
+    for path in scripts:
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        assert f"python {path.relative_to(ROOT)}" in text, path
+    head = (EXAMPLES / "ci.sh").read_text(encoding="utf-8").split("set -eu")[0]
+    assert "sh examples/ci.sh DATA" in head
+
+
+def test_the_list_of_examples_is_complete() -> None:
+    listed = set(re.findall(r"\]\(([^)]+)\)", (EXAMPLES / "README.md").read_text(encoding="utf-8")))
+    there = {str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*") if path.suffix in {".py", ".sh"}}
+    assert listed == there

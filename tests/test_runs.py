@@ -1,0 +1,304 @@
+"""The run directory: written once, refused when in doubt, readable by timm, movable."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+import yaml
+
+from tlcli import mlp, runs
+from tlcli.backbones.zoo import load_backbone
+from tlcli.config import BackboneOptions, FinetuneConfig
+from tlcli.errors import BackboneError, DataError, UsageError
+from tlcli.linear import LinearHead
+from tlcli.runs import RunWriter, check_output, default_run_dir, open_run
+
+FILES = {"config.yaml", "run.json", "metrics.jsonl", "model.safetensors", "config.json", "README.md",
+         "evaluation-val.json", "predictions-val.csv"}  # fmt: skip
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the run, to be changed."""
+    return shutil.copytree(trained.run, tmp_path / "run")
+
+
+def small(name="test_resnet", **options):
+    return load_backbone(BackboneOptions(backbone=name, random_init=True, image_size=32, **options))
+
+
+def head_of(backbone, classes=3, **options):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(classes, backbone.num_features, generator=generator)
+    return LinearHead(weight, torch.tensor([0.5, -1.0, 2.0][:classes]), **options)
+
+
+def write(path, backbone, head, status="done"):
+    facts = {
+        "backbone": {"name": backbone.name, "architecture": backbone.architecture,
+                     "arguments": backbone.arguments, "source": backbone.source, "license": None},
+        "preprocess": dataclasses.asdict(backbone.preprocess), "class_names": ["a", "b", "c"],
+        "data": {}, "dtype": {"name": "fp32"}, "options": {}, "trained_on": ["train"],
+    }  # fmt: skip
+    with RunWriter(path, FinetuneConfig(), facts) as writer:
+        stored = writer.save_model(backbone, head, ("a", "b", "c"))
+        if status == "done":
+            writer.finish({"head": {"stored": stored}})
+    return stored
+
+
+# ---- what is written -------------------------------------------------------------------------------------
+
+
+def test_a_run_has_exactly_its_files(trained):
+    assert {path.name for path in trained.run.iterdir()} == FILES
+    facts = json.loads((trained.run / "run.json").read_text())
+    assert facts["schema"] == "tlcli.run/1"
+    assert facts["status"] == "done"
+    assert facts["class_names"] == ["a", "b", "c"]
+    assert facts["head"]["selected_on"] == "train"
+    assert facts["trained_on"] == ["train"]
+    assert set(facts["versions"]) == {"python", "torch", "torchvision", "timm"}
+    assert len(facts["cache_key"]) == 64
+    assert len(facts["data"]["digest"]) == 64
+    assert facts["device"]["reason"]
+    assert not any(path.suffix in {".pt", ".pth", ".pkl", ".ckpt"} for path in trained.run.iterdir())
+
+
+def test_the_stored_configuration_leaves_out_where_it_was_written(trained):
+    stored = yaml.safe_load((trained.run / "config.yaml").read_text())
+    assert "output" not in stored
+    assert "overwrite" not in stored
+    assert stored["backbone"] == "test_resnet"
+    assert stored["data"] == str(trained.images)
+
+
+def test_the_card_says_how_good_it_is_and_how_to_use_it(trained):
+    card = (trained.run / "README.md").read_text()
+    facts = json.loads((trained.run / "run.json").read_text())
+    assert f"top-1 accuracy {facts['metrics']['val']['top1_accuracy']:.3f}" in card
+    assert "95 % interval" in card
+    assert "most frequent class" in card
+    assert "timm.create_model" in card
+    assert "licence" in card.lower()
+
+
+def test_metrics_have_a_line_a_head(trained):
+    lines = [json.loads(line) for line in (trained.run / "metrics.jsonl").read_text().splitlines()]
+    assert len([line for line in lines if line["kind"] == "head"]) == 16  # l2 values, one scaling
+
+
+# ---- timm reads it ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "test_efficientnet", "test_convnext", "mobilenetv3_small_050"]
+)
+def test_timm_gives_the_logits_of_head_and_backbone(tmp_path, name):
+    backbone = small(name)
+    head = head_of(backbone)
+    stored = write(tmp_path / "run", backbone, head)
+    model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        rows, logits = backbone.model(images), model(images)
+        if stored["classifier"] is None:  # its classifier is more than one linear layer
+            assert (tmp_path / "run/head.safetensors").exists()
+            logits = open_run(str(tmp_path / "run")).head().logits(logits)
+        torch.testing.assert_close(logits, head.logits(rows), rtol=1e-4, atol=1e-4)
+    data = timm.data.resolve_model_data_config(model)
+    assert tuple(data["input_size"]) == (3, *backbone.preprocess.image_size)
+    assert tuple(data["mean"]) == backbone.preprocess.mean
+    assert data["interpolation"] == backbone.preprocess.interpolation
+    if name in {"test_resnet", "mobilenetv3_small_050"}:
+        assert stored["classifier"]
+        assert model.num_classes == 3
+
+
+@pytest.mark.parametrize("kind", ["normalised", "mlp", "torchvision"])
+def test_a_head_that_timm_cannot_hold_stands_beside_the_network(tmp_path, kind):
+    backbone = small("torchvision/squeezenet1_1" if kind == "torchvision" else "test_resnet")
+    head = head_of(backbone, normalise=kind == "normalised")
+    if kind == "mlp":
+        head = made_mlp(backbone.num_features)
+    stored = write(tmp_path / "run", backbone, head)
+    assert stored["file"] == "head.safetensors"
+    assert stored["classifier"] is None
+    run = open_run(str(tmp_path / "run"))
+    again = run.backbone()
+    images = torch.randn(2, 3, *backbone.preprocess.image_size)
+    with torch.inference_mode():
+        expected = head.logits(backbone.model(images))
+        torch.testing.assert_close(run.head().logits(again.model(images)), expected, rtol=1e-4, atol=1e-4)
+    assert again.preprocess == backbone.preprocess
+
+
+def made_mlp(width):
+    from tlcli.heads import fit_head
+
+    rows = torch.randn(30, width, generator=torch.Generator().manual_seed(0))
+    config = FinetuneConfig(head="mlp:5", epochs=1, folds=2, lr="0.001", dropout="0")
+    head = fit_head(rows, torch.arange(30) % 3, 3, config).head
+    assert isinstance(head, mlp.MlpHead)
+    return head
+
+
+def test_a_network_that_is_not_the_trained_one_is_not_published(tmp_path, monkeypatch):
+    backbone = small()
+    real = runs._merge
+
+    def wrong(network, backbone, place, head):
+        real(network, backbone, place, head)
+        network.state_dict()[f"{place}.bias"].add_(0.01)
+
+    monkeypatch.setattr(runs, "_merge", wrong)
+    with pytest.raises(BackboneError, match="differs"):
+        write(tmp_path / "run", backbone, head_of(backbone))
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"
+    assert not (tmp_path / "run/model.safetensors").exists()
+
+
+# ---- reading back ----------------------------------------------------------------------------------------
+
+
+def test_a_run_can_be_moved(trained, run, tmp_path):
+    moved = run.rename(tmp_path / "else where")
+    before, after = open_run(str(trained.run)), open_run(str(moved))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        left = before.head().logits(before.backbone().model(images))
+        right = after.head().logits(after.backbone().model(images))
+    assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("status", ["running", "failed", None])
+def test_a_run_that_is_not_done_is_refused(run, status):
+    facts = json.loads((run / "run.json").read_text())
+    facts["status"] = status
+    (run / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(DataError, match="not done") as caught:
+        open_run(str(run))
+    assert "config.yaml" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "cannot be read"),
+        ("{", "cannot be read"),
+        ("[]", "schema None"),
+        ('{"schema": "tlcli.run/9", "status": "done"}', "tlcli.run/9"),
+        ('{"schema": "tlcli.run/1", "status": "done"}', "lacks"),
+        ("\udcff", "cannot be read"),
+    ],
+)
+def test_a_damaged_description_is_refused(run, text, expected):
+    (run / "run.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(DataError, match=expected):
+        open_run(str(run))
+
+
+def test_what_is_no_run_is_told_from_what_does_not_exist(tmp_path):
+    with pytest.raises(DataError, match="is no run"):
+        open_run(str(tmp_path))
+    with pytest.raises(DataError, match="does not exist"):
+        open_run(str(tmp_path / "none"))
+    with pytest.raises(UsageError, match="RUN"):
+        open_run(None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError):
+        open_run(str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("change", ["truncated", "gone", "text"])
+def test_damaged_files_of_a_run_are_named(run, name, change):
+    path = run / name
+    if change == "gone":
+        path.unlink()
+    elif change == "text":
+        path.write_text("not this")
+    else:
+        path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises((DataError, BackboneError)) as caught:
+        open_run(str(run)).backbone()
+    assert name in caught.value.message or str(run) in caught.value.message
+    if name == "model.safetensors":
+        with pytest.raises(DataError, match=r"model\.safetensors"):
+            open_run(str(run)).head()
+
+
+# ---- where it is written ---------------------------------------------------------------------------------
+
+
+def test_default_directories_are_numbered_when_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = default_run_dir("/data/my photos/", "local-dir:/x/mobilenet", "feature-extraction")
+    assert str(first) == "runs/my-photos-mobilenet-feature-extraction"
+    first.mkdir(parents=True)
+    second = default_run_dir("/data/my photos", "hf-hub:org/mobilenet", "feature-extraction")
+    assert second.name == first.name + "-2"
+    second.symlink_to("nowhere")
+    assert default_run_dir("/data/my photos", "mobilenet", "feature-extraction").name == first.name + "-3"
+    assert str(default_run_dir("labels.csv", "a/b", "x")) == "runs/labels-b-x"
+    assert str(default_run_dir("..", "...", "x")).startswith("runs/x-x-x")
+
+
+def refused(path, overwrite=False):
+    try:
+        check_output(FinetuneConfig(output=str(path), overwrite=overwrite))
+    except UsageError as error:
+        return error
+    return None
+
+
+def test_an_output_is_refused_unless_it_is_new_or_a_run_to_be_replaced(tmp_path, run):
+    (tmp_path / "mine").mkdir()
+    assert not refused(tmp_path / "new")
+    assert not refused(tmp_path / "new/below")
+    assert not refused(tmp_path / "mine")  # empty
+    (tmp_path / "mine/photo.jpg").write_text("precious")
+    assert "--overwrite" in refused(tmp_path / "mine").hint
+    assert "no run" in refused(tmp_path / "mine", overwrite=True).message
+    assert "a run already" in refused(run).message
+    assert not refused(run, overwrite=True)
+    assert "no run" in refused(tmp_path / "mine/photo.jpg", overwrite=True).message
+    assert "no folder" in refused(tmp_path / "mine/photo.jpg/run").message
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert refused(tmp_path / "link")
+
+
+def test_a_run_is_replaced_only_by_one_that_is_done(run, caplog):
+    backbone = small()
+    (run / "report.html").write_text("the earlier report")
+    before = (run / "run.json").read_text()
+    with pytest.raises(ZeroDivisionError), RunWriter(run, FinetuneConfig(), {}):
+        _ = 1 / 0
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
+    (kept,) = run.parent.glob(".run.replaced-*")
+    assert (kept / "run.json").read_text() == before
+    assert str(kept) in caplog.text
+    shutil.rmtree(run)
+    kept.rename(run)
+    write(run, backbone, head_of(backbone))
+    assert not (run / "report.html").exists()
+    assert not list(run.parent.glob(".run.replaced-*"))
+
+
+def test_a_run_is_running_until_it_is_done(tmp_path):
+    with RunWriter(tmp_path / "run", FinetuneConfig(), {"x": 1}) as writer:
+        facts = json.loads((tmp_path / "run/run.json").read_text())
+        assert (facts["status"], facts["x"]) == ("running", 1)
+        with pytest.raises(DataError, match="running"):
+            open_run(str(tmp_path / "run"))
+        writer.finish({"y": 2})
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "done"
+
+
+def test_nan_is_never_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON"), RunWriter(tmp_path / "run", FinetuneConfig(), {}) as writer:
+        writer.write_json("x.json", {"x": float("nan")})
+    assert not (tmp_path / "run/x.json").exists()

@@ -1,0 +1,315 @@
+"""Dividing a backbone into a frozen prefix and a trained suffix, with one tensor crossing.
+
+The network is traced with torch.fx, and divided at a *dominator* of the graph: an operation that every path
+from the image to the features passes through. Of these, the last is taken before anything that a trained
+unit's parameters touch; what lies between it and the end of the last frozen unit is frozen, but recomputed.
+
+A graph traced in eval mode has lost dropout, one traced in train mode is random at evaluation. So the suffix
+holds both and switches, as torchvision's feature extractor does. Frozen modules are in eval mode in both.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torchvision.models import feature_extraction
+
+from tlcli.backbones.graph import (
+    Traced,
+    candidates,
+    copy_graph,
+    forget_constants,
+    live,
+    trace,
+    twin_of,
+    without_constants,
+    writes,
+)
+from tlcli.backbones.units import Unit, frozen_modules, units
+from tlcli.errors import BackboneError, UsageError
+
+BATCH = 2
+"""Images in the batches that check a cut: two show whether the first dimension is the batch's."""
+
+
+@dataclass
+class Cut:
+    """A divided backbone: `suffix(prefix(images))` equals `model(images)`.
+
+    The parts share their modules with the network they were made from; use that no longer, or cut a copy.
+
+    Attributes:
+        prefix: Always in eval mode, without gradients: images [B, 3, H, W] -> rows [B, *row_shape].
+        suffix: Rows -> features [B, D]. Parameter and buffer names are the network's. Its frozen parts stay
+            in eval mode after every `train()`, and need no gradient.
+        node: Name of the operation that gives the rows; "all" when everything is frozen, "input" when the
+            rows are the images.
+        num_frozen_units: K of `--freeze K`.
+        row_shape: Shape of one image's row.
+        frozen_parameters: Names of the suffix's parameters that belong to frozen units.
+    """
+
+    prefix: nn.Module
+    suffix: nn.Module
+    node: str
+    num_frozen_units: int
+    row_shape: tuple[int, ...]
+    frozen_parameters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CutPoint:
+    """Where a network would be cut for K frozen units, without building the parts.
+
+    Attributes:
+        num_frozen_units: K.
+        node: As in Cut.
+        row_shape: As in Cut.
+    """
+
+    num_frozen_units: int
+    node: str
+    row_shape: tuple[int, ...]
+
+
+class Frozen(nn.Sequential):
+    """Modules that stay in eval mode whatever `train` is asked."""
+
+    def train(self, mode: bool = True) -> "Frozen":
+        """Stay in eval mode."""
+        del mode
+        super().train(False)
+        return self
+
+
+class Prefix(fx.GraphModule):
+    """The frozen part of a traced network; stays in eval mode whatever `train` is asked."""
+
+    def train(self, mode: bool = True) -> "Prefix":
+        """Stay in eval mode."""
+        del mode
+        super().train(False)
+        return self
+
+
+class Suffix(feature_extraction.DualGraphModule):  # type: ignore[misc]
+    """The rest of a traced network, switching between its graphs of train and eval mode.
+
+    Args:
+        root: The network whose modules are used.
+        train_graph: Traced in train mode, frozen modules in eval mode.
+        eval_graph: Traced in eval mode.
+        frozen: Names of modules that stay in eval mode.
+        unused: Names of parameters and buffers that no operation uses, kept so that none is lost.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        train_graph: fx.Graph,
+        eval_graph: fx.Graph,
+        frozen: Iterable[str],
+        unused: Iterable[str],
+    ) -> None:
+        self.frozen_modules = frozenset(frozen)
+        self.unused_names = tuple(unused)
+        super().__init__(root, train_graph, eval_graph, class_name="Suffix")
+        for name in self.unused_names:
+            fx.graph_module._copy_attr(root, self, name)
+        forget_constants(self)
+        self.frozen_modules = frozenset(frozen)
+        self.unused_names = tuple(unused)
+        self.train(True)
+
+    def train(self, mode: bool = True) -> "Suffix":
+        """Switch to `mode`, except for what is frozen."""
+        super().train(mode)
+        for name, module in self.named_modules():
+            if name in self.frozen_modules:
+                module.training = False
+        return self
+
+    def _deepcopy_init(self) -> Callable[..., None]:
+        def init(result: "Suffix", source: nn.Module, train_graph: fx.Graph, eval_graph: fx.Graph) -> None:
+            Suffix.__init__(result, source, train_graph, eval_graph, self.frozen_modules, self.unused_names)
+            result.train(self.training)
+            for name, module in self.named_modules():
+                result.get_submodule(name).training = module.training
+
+        return init
+
+
+def cut_at(model: nn.Module, num_frozen_units: int, image_size: tuple[int, int]) -> Cut:
+    """Divide a headless backbone after its first units.
+
+    Freezes the parameters of these units (`requires_grad`), and leaves the network in eval mode.
+
+    Args:
+        model: From `load_backbone`.
+        num_frozen_units: 0 to the number of units. With all of them the prefix is the model itself, with none
+            the suffix is; neither is traced.
+        image_size: Height and width of the images, in pixels.
+
+    Raises:
+        UsageError: The network has fewer units.
+        BackboneError: The network cannot be traced or divided exactly.
+    """
+    parts = units(model)
+    if not 0 <= num_frozen_units <= len(parts):
+        raise UsageError(f"The backbone has {len(parts)} units; {num_frozen_units} cannot be frozen.")
+    model.eval()
+    frozen = {name for unit in parts[:num_frozen_units] for name in unit.parameters}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    images = _images(image_size)
+    if num_frozen_units == len(parts):
+        with torch.inference_mode():
+            row_shape = tuple(model(images[:1]).shape[1:])
+        return Cut(model, nn.Identity(), "all", num_frozen_units, row_shape)
+    if num_frozen_units == 0:
+        return Cut(Frozen(), model, "input", 0, tuple(images.shape[1:]))
+
+    with without_constants(model), torch.no_grad():
+        cut = _traced_cut(model, parts, num_frozen_units, images)
+    if cut is None:
+        raise BackboneError(
+            f"{type(model).__name__} cannot be divided after unit {num_frozen_units}: no cut is exact.",
+            hint="Use --freeze all.",
+        )
+    return cut
+
+
+def _traced_cut(
+    model: nn.Module, parts: list[Unit], num_frozen_units: int, images: torch.Tensor
+) -> Cut | None:
+    """Return the last exact cut at or below a unit, or None."""
+    modules = frozen_modules(parts, num_frozen_units)
+    frozen = {name for unit in parts[:num_frozen_units] for name in unit.parameters}
+    plain = trace(model, modules, training=False)
+    random = trace(model, modules, training=True)
+    expected = model(images)
+    for node in reversed(candidates(plain, {name for name, _ in model.named_parameters()} - frozen)):
+        twin = twin_of(node, plain, random)
+        if twin is None or (row_shape := _row_shape(model, plain, node, images)) is None:
+            continue
+        prefix, suffix = _divide(model, plain, random, node, twin, modules)
+        if _agrees(prefix, suffix, images, expected):
+            kept = tuple(name for name, _ in suffix.named_parameters() if name in frozen)
+            name = "input" if node is plain.image else plain.names[node]
+            return Cut(prefix, suffix.eval(), name, num_frozen_units, row_shape, kept)
+    return None
+
+
+def cut_points(model: nn.Module, image_size: tuple[int, int]) -> list[CutPoint]:
+    """Return where the network would be cut for each K from 1 to the number of units, from one trace.
+
+    Raises:
+        BackboneError: The network cannot be traced.
+    """
+    parts = units(model)
+    model.eval()
+    images = _images(image_size)
+    result = []
+    with without_constants(model), torch.no_grad():
+        traced = trace(model, frozenset(), training=False)
+        shapes = _Shapes(model, traced.graph, set(traced.dominators)).collect(images)
+        for unit in parts[:-1]:
+            trained = {name for later in parts[unit.index :] for name in later.parameters}
+            for node in reversed(candidates(traced, trained)):
+                if (shape := shapes.get(node)) is not None:
+                    name = "input" if node is traced.image else traced.names[node]
+                    result.append(CutPoint(unit.index, name, shape))
+                    break
+        last = tuple(model(images).shape[1:])
+    return [*result, CutPoint(len(parts), "all", last)]
+
+
+# ---- dividing --------------------------------------------------------------------------------------------
+
+
+def _divide(
+    model: nn.Module, plain: Traced, random: Traced, node: fx.Node, twin: fx.Node, frozen: frozenset[str]
+) -> tuple[nn.Module, Suffix]:
+    """Return prefix and suffix of a cut; the suffix never writes into the tensor that crosses."""
+    prefix: nn.Module = Frozen()
+    if node is not plain.image:
+        graph = copy_graph(plain, plain.inputs[node], plain.image, node)
+        prefix = Prefix(model, graph, class_name="Prefix")
+        prefix.train(False)
+        forget_constants(prefix)
+    graphs = []
+    for traced, start in ((random, twin), (plain, node)):
+        end = traced.output.args[0]
+        needed = traced.inputs[traced.output] - {traced.output, start}
+        # Constants that both sides use are computed again in the suffix: only the row crosses.
+        after = {
+            item for item in needed if start in traced.inputs[item] or traced.image not in traced.inputs[item]
+        }
+        after = live(after, end)
+        graphs.append(copy_graph(traced, after, start, end, clone=writes(traced, after, start, model)))
+    used = Suffix(model, graphs[0], graphs[1], frozen, ())
+    held = {name for part in (prefix, used) for name, _ in (*part.named_parameters(), *part.named_buffers())}
+    unused = [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name not in held]
+    return prefix, Suffix(model, graphs[0], graphs[1], frozen, unused) if unused else used
+
+
+# ---- checking --------------------------------------------------------------------------------------------
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph and keeps the row shapes at `wanted` nodes."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, wanted: set[fx.Node]) -> None:
+        super().__init__(model, graph=graph)
+        self.wanted = wanted
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node, keeping its shape where it is a row per image."""
+        value = super().run_node(n)
+        is_row = isinstance(value, torch.Tensor) and value.is_floating_point()
+        if n in self.wanted and is_row and value.ndim > 1 and value.shape[0] == BATCH:
+            self.shapes[n] = tuple(value.shape[1:])
+        return value
+
+    def collect(self, images: torch.Tensor) -> dict[fx.Node, tuple[int, ...]]:
+        self.run(images)
+        return self.shapes
+
+
+def _row_shape(
+    model: nn.Module, traced: Traced, node: fx.Node, images: torch.Tensor
+) -> tuple[int, ...] | None:
+    """Return the shape of one image's row at `node`, or None where it is no floating-point row per image."""
+    if node is traced.image:
+        return tuple(images.shape[1:])
+    graph = copy_graph(traced, traced.inputs[node], traced.image, node)
+    last: Any = next(item for item in graph.nodes if item.op == "output").args[0]
+    return _Shapes(model, graph, {last}).collect(images).get(last)
+
+
+def _agrees(prefix: nn.Module, suffix: Suffix, images: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Return whether the parts give exactly what the network gives, and leave the row as it is.
+
+    The suffix runs in both modes; BatchNorm statistics and the random state are put back.
+    """
+    rows = prefix(images)
+    before = copy.deepcopy(rows)
+    suffix.eval()
+    if not torch.equal(suffix(rows), expected):
+        return False
+    buffers = {name: buffer.clone() for name, buffer in suffix.named_buffers()}
+    with torch.random.fork_rng(devices=[]):
+        suffix.train()
+        suffix(rows)
+        suffix.eval()
+    for name, buffer in suffix.named_buffers():
+        buffer.copy_(buffers[name])
+    return torch.equal(rows, before)
+
+
+def _images(image_size: tuple[int, int]) -> torch.Tensor:
+    return torch.randn(BATCH, 3, *image_size, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,130 @@
+"""torchvision's classification networks as headless backbones, with its default weights and their transform.
+
+The last linear layer gives way to the identity, so that the network returns what that layer was fed: pooled
+features in most families, the second hidden layer in AlexNet and VGG. SqueezeNet ends in a convolution; its
+features are pooled instead. GoogLeNet and Inception are built without auxiliary classifiers.
+"""
+
+import difflib
+import math
+import re
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision import models
+
+from tlcli.backbones import hub, weights
+from tlcli.config import Preprocess
+from tlcli.errors import BackboneError, UsageError
+
+PREFIX = "torchvision/"
+INIT_SEED = 0
+
+
+def names() -> list[str]:
+    """Return the names of torchvision's image classifiers, without the prefix."""
+    return [str(name) for name in models.list_models(module=models)]
+
+
+def default_weights(name: str) -> Any:
+    """Return torchvision's default weights of a name: an enumeration member with url, meta and transforms."""
+    return models.get_model_weights(name).DEFAULT
+
+
+def build(
+    name: str, *, weights_file: str | None = None, random_init: bool = False, image_size: int | None = None
+) -> dict[str, Any]:
+    """Return what a Backbone needs of a torchvision network: model, preprocess, arguments, license.
+
+    Args:
+        name: With the prefix, such as "torchvision/resnet18".
+        weights_file: Weights to use instead of the default ones.
+        random_init: Load no weights.
+        image_size: Side of the images in pixels; only vision transformers are built for one size.
+
+    Raises:
+        UsageError: torchvision has no classifier of this name.
+        BackboneError: The weights cannot be found, loaded or trusted.
+    """
+    short = name.removeprefix(PREFIX)
+    if short not in names():
+        raise UsageError(f"torchvision has no image classifier {short!r}.", hint=_near(short))
+    default = default_weights(short)
+    preprocess = preprocess_of(default)
+    arguments: dict[str, Any] = {}
+    if short.startswith("vit_"):
+        arguments["image_size"] = image_size or preprocess.image_size[0]
+    model = headless(short, arguments)
+    if weights_file or not random_init:
+        path = weights_file or hub.url_file(default.url, name)
+        weights.load_weights(model, path, name, partial(_convert, short, model, arguments))
+    return {
+        "model": model,
+        "preprocess": preprocess,
+        "arguments": arguments,
+        "license": default.meta.get("license"),
+    }
+
+
+def preprocess_of(default: Any) -> Preprocess:
+    """Return the evaluation transform of torchvision weights."""
+    transform = default.transforms()
+    crop, resize = int(transform.crop_size[0]), int(transform.resize_size[0])
+    crop_pct = crop / resize
+    while math.floor(crop / crop_pct) < resize:  # division by the rounded share can fall just below
+        crop_pct = math.nextafter(crop_pct, 0.0)
+    return Preprocess(
+        image_size=(crop, crop),
+        crop_pct=crop_pct,
+        crop_mode="center",
+        interpolation=transform.interpolation.value,
+        mean=tuple(transform.mean),
+        std=tuple(transform.std),
+    )
+
+
+def headless(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """Build a network under a fixed seed, without its classifier."""
+    if name in {"googlenet", "inception_v3"}:
+        # The published weights expect images normalised another way, which the network does itself.
+        arguments = arguments | {"aux_logits": False, "init_weights": False, "transform_input": True}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(INIT_SEED)
+        try:
+            model: nn.Module = models.get_model(name, weights=None, **arguments)
+        except (ValueError, RuntimeError, AssertionError) as error:
+            raise BackboneError(f"{PREFIX}{name} cannot be built: {error}") from error
+    if name.startswith("squeezenet"):
+        model.classifier = nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)))
+        return model
+    last = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    model.set_submodule(last, nn.Identity())
+    return model
+
+
+def _convert(
+    name: str, model: nn.Module, arguments: dict[str, Any], state: weights.StateDict
+) -> weights.StateDict:
+    """Return published weights under the names and shapes of today's networks."""
+    if name.startswith("densenet"):  # published when the two convolutions of a layer had names with a dot
+        return {
+            re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key): value
+            for key, value in state.items()
+        }
+    if name.startswith("vit_"):
+        from torchvision.models.vision_transformer import interpolate_embeddings
+
+        patch = int(model.patch_size)  # type: ignore[arg-type]
+        return dict(interpolate_embeddings(int(arguments["image_size"]), patch, dict(state)))
+    return state
+
+
+def _near(name: str) -> str:
+    if name in models.list_models():
+        return "It is a detection, segmentation, video or quantised network; tlcli classifies images."
+    near = difflib.get_close_matches(name.lower(), names(), n=3)
+    return (
+        f"Did you mean {', '.join(near)}? " if near else ""
+    ) + "`tlcli backbones list torchvision/` shows the names."

@@ -1,0 +1,440 @@
+"""Reading weights files without trusting them, and fitting their tensors to a network.
+
+A file is told apart by its content, never by its suffix. Nothing in it is executed: pickles go through
+`torch.load(weights_only=True)`, and what that refuses is refused here, with the way to convert it. Sizes are
+checked before memory is allocated: a zip with compressed records can claim a thousand times its size.
+"""
+
+import argparse
+import hashlib
+import logging
+import math
+import os
+import pickle
+import stat
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tlcli.errors import BackboneError
+
+logger = logging.getLogger(__name__)
+
+StateDict = dict[str, torch.Tensor]
+
+MATCH_RATE = 0.95
+"""Share of a backbone's tensors, and of its values, that a weights file must hold to be accepted."""
+
+WRAPPERS = (
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+)
+"""Keys under which training scripts nest the tensors, best first; averaged weights win, as in timm."""
+
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
+"""What wrappers and training scripts put before every name."""
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.bool)  # counters, and the index tables of some transformers
+PICKLE = b"\x80"  # how every pickle since protocol 2 begins
+NOT_COUNTED = "num_batches_tracked"  # a counter that old checkpoints lack and evaluation does not use
+
+CONVERT = (
+    'Where you trust the file, convert it once: python -c "import torch; '
+    "from safetensors.torch import save_file; "
+    "d = torch.load('FILE', weights_only=False); d = d.get('state_dict', d); "
+    "save_file({k: v.contiguous() for k, v in d.items()}, 'FILE.safetensors')\" "
+    "(this runs code the file may hold)."
+)
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
+    """Return the named tensors of a safetensors or PyTorch weights file, on the CPU.
+
+    Tensors nested under `state_dict`, `model` and the like are unwrapped; entries that are no tensors
+    (optimiser state, arguments) are left out.
+
+    Args:
+        path: A regular file: safetensors, a zip written by `torch.save`, or its older format.
+
+    Raises:
+        BackboneError: The file is missing, damaged, compressed, or holds more than tensors.
+    """
+    path = Path(path)
+    head = _read_head(path)
+    if head.startswith(b"version https://git-lfs"):
+        raise BackboneError(
+            f"Weights {str(path)!r} are a git-lfs pointer, not the weights themselves.",
+            hint="Fetch the file with `git lfs pull`, or download it again.",
+        )
+    if head.startswith(b"PK\x03\x04"):
+        _check_zip(path)
+        loaded = _torch_load(path)
+    elif _is_safetensors(head):
+        loaded = _load_safetensors(path)
+    elif _is_tar(path, head):
+        raise BackboneError(
+            f"Weights {str(path)!r} are in the tar format of PyTorch before 0.1.10, which can run code.",
+            hint=CONVERT,
+        )
+    elif head.startswith(PICKLE):
+        loaded = _torch_load(path)
+    else:
+        raise BackboneError(
+            f"Weights {str(path)!r} are neither a safetensors file nor one of torch.save.",
+            hint="Expected a .safetensors, .pth or .pt file; was a web page saved in its place?",
+        )
+    return _unwrap(loaded, path)
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file's bytes as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+WRONG_ARCHITECTURE = "Name the architecture they were trained with; `tlcli backbones list` shows the names."
+DAMAGED = "The file was cut short or altered; get it again."
+
+
+@dataclass(frozen=True)
+class Match:
+    """How a state dict fits a network.
+
+    Attributes:
+        tensors: The fitting tensors, under the network's names.
+        missing: Names the network has and the file lacks (counters left out).
+        wrong_shape: Name -> (shape in the file, shape in the network).
+        unused: Names of the file that the network does not have.
+        rate: Share of the network's tensors, or of its values where that is less, that fit; in [0, 1].
+        stripped: The prefix removed from the file's names.
+    """
+
+    tensors: StateDict
+    missing: tuple[str, ...]
+    wrong_shape: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    unused: tuple[str, ...]
+    rate: float
+    stripped: str
+
+
+def match(state: StateDict, model: nn.Module) -> Match:
+    """Fit `state` to `model`, trying the prefixes that wrappers add; the best fit is returned."""
+    wanted = model.state_dict()
+    candidates = frontier = [""]
+    for _ in range(3):  # as deep as wrappers nest in practice: module._orig_mod.backbone.
+        frontier = [
+            prefix + more
+            for prefix in frontier
+            for more in PREFIXES
+            if any(name.startswith(prefix + more) for name in state)
+        ]
+        candidates = candidates + frontier
+    found = [_match_names(state, wanted, prefix) for prefix in candidates]
+    return max(found, key=lambda one: (one.rate, len(one.tensors) + len(one.wrong_shape)))
+
+
+def load_weights(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str,
+    convert: Callable[[StateDict], StateDict] | None = None,
+) -> None:
+    """Load a weights file into a headless backbone, in place.
+
+    A classifier in the file is ignored. Prefixes are stripped and logged.
+
+    Args:
+        model: The backbone, whose state dict names the tensors wanted.
+        path: The weights file.
+        name: What the user called the backbone, for messages.
+        convert: Renames and reshapes a foreign checkpoint into the model's form; tried when names differ.
+
+    Raises:
+        BackboneError: The file cannot be read, has tensors of wrong shapes, fits less than 95 % of the
+            backbone, or holds quantised, sparse or non-finite values.
+    """
+    state = read_state_dict(path)
+    found = match(state, model)
+    if convert is not None and (found.rate < 1.0 or found.wrong_shape):
+        plain = {key.removeprefix(found.stripped): value for key, value in state.items()}
+        try:
+            converted = match(convert(plain), model)
+        except (
+            Exception
+        ) as error:  # converters are written for their own checkpoints and fail freely on others
+            logger.debug("%s: its checkpoint converter failed: %s", name, error)
+        else:
+            if converted.rate > found.rate:
+                found = converted
+    check_match(found, path, name)
+    if found.stripped:
+        logger.info("Removed the prefix %r from the names in %s.", found.stripped, path)
+    if found.missing:
+        logger.warning(
+            "%s lacks %d tensors of %s (%s); they keep their initial values.",
+            path,
+            len(found.missing),
+            name,
+            _some(found.missing),
+        )
+    if found.unused:
+        logger.debug("%s: not used: %s", path, ", ".join(found.unused))
+    check_plain(found.tensors, path)
+    check_finite(found.tensors, path)
+    check_kinds(found.tensors, model, path)
+    state = model.state_dict()  # carries the format versions that some modules ask for
+    state.update(found.tensors)
+    model.load_state_dict(state)
+
+
+def check_match(found: Match, path: str | os.PathLike[str], name: str) -> None:
+    """Refuse a poor fit, naming counts and examples.
+
+    Raises:
+        BackboneError: A tensor has the wrong shape, or the match rate is below 95 %.
+    """
+    total = len(found.missing) + len(found.wrong_shape) + len(found.tensors)
+    named = len(found.wrong_shape) + len(found.tensors)
+    if found.wrong_shape and named > total / 2:
+        key, (have, want) = next(iter(found.wrong_shape.items()))
+        raise BackboneError(
+            f"Weights {str(path)!r} are not for {name}: {len(found.wrong_shape)} tensors have another shape, "
+            f"such as {key!r} ({list(have)} in the file, {list(want)} in the network).",
+            hint=WRONG_ARCHITECTURE,
+        )
+    if found.wrong_shape or found.rate < MATCH_RATE:
+        examples = (
+            f"The network wants {_some(found.missing)}; the file has {_some(found.unused) or 'no more'}."
+        )
+        raise BackboneError(
+            f"Weights {str(path)!r} fit only {found.rate:.0%} of {name}: {len(found.tensors)} of {total} "
+            f"tensors were found, at least {MATCH_RATE:.0%} are expected. {examples}",
+            hint=WRONG_ARCHITECTURE,
+        )
+
+
+def check_plain(state: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
+    """Refuse tensors that are not plain floating-point ones. Reads no values and allocates nothing.
+
+    Raises:
+        BackboneError: A tensor is sparse, quantised, on the meta device, or claims more values than stored.
+    """
+    for name, tensor in state.items():
+        if odd := _oddity(tensor):
+            raise BackboneError(
+                f"Weights {str(path)!r}: tensor {name!r} is {odd}; a plain floating-point one is expected.",
+                hint="Save the network's float32 state dict and use that.",
+            )
+
+
+def check_finite(state: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        BackboneError: A tensor holds one.
+    """
+    for name, tensor in state.items():
+        # A sum carries any NaN or infinity, and in float64 it cannot overflow by itself.
+        if tensor.is_floating_point() and not math.isfinite(float(tensor.sum(dtype=torch.float64))):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise BackboneError(
+                f"Weights {str(path)!r}: tensor {name!r} holds {bad} values that are NaN or infinite.",
+                hint="The file is damaged or its training diverged; get it again or use other weights.",
+            )
+
+
+def check_kinds(state: Mapping[str, torch.Tensor], model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Refuse whole numbers where the network has weights: these are the codes of quantised ones.
+
+    Raises:
+        BackboneError: A tensor is of whole numbers and the network's of floating-point ones.
+    """
+    for name, wanted in model.state_dict().items():
+        if wanted.is_floating_point() and name in state and not state[name].is_floating_point():
+            raise BackboneError(
+                f"Weights {str(path)!r}: tensor {name!r} is {state[name].dtype}, probably quantised; "
+                "a floating-point one is expected.",
+                hint="Save the network's float32 state dict and use that.",
+            )
+
+
+def _oddity(tensor: torch.Tensor) -> str | None:
+    """Return what makes `tensor` unusable as a weight, or None. Allocates nothing."""
+    if tensor.layout != torch.strided:
+        return "sparse"
+    if tensor.is_quantized or (tensor.dtype not in FLOATS and tensor.dtype not in INTEGERS):
+        return f"quantised ({str(tensor.dtype).removeprefix('torch.')})"
+    if tensor.is_meta:
+        return "empty (on the meta device)"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"said to hold {tensor.numel():,} values, of which few are stored"
+    return None
+
+
+def _read_head(path: Path) -> bytes:
+    """Return the first bytes of a regular file; raise BackboneError where there is none."""
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+            hint = (
+                "For a folder in timm's format, use --backbone local-dir:PATH."
+                if stat.S_ISDIR(mode)
+                else None
+            )
+            raise BackboneError(f"Weights {str(path)!r} are {kind}; a file is expected.", hint=hint)
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise BackboneError(
+            f"Weights {str(path)!r} cannot be read: {error.strerror or error}.",
+            hint="Check the path and its permissions.",
+        ) from error
+    if not head:
+        raise BackboneError(f"Weights {str(path)!r} are an empty file.", hint="Get the file again.")
+    return head
+
+
+def _is_safetensors(head: bytes) -> bool:
+    return len(head) > 8 and head[8:9] == b"{"
+
+
+def _is_tar(path: Path, head: bytes) -> bool:
+    return head[257:262] == b"ustar" or (path.suffix == ".tar" and head[:1] not in (b"\x80", b"P"))
+
+
+def _load_safetensors(path: Path) -> StateDict:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        (header_bytes,) = struct.unpack("<Q", file.read(8))
+    if header_bytes > size - 8:
+        raise BackboneError(
+            f"Weights {str(path)!r} are damaged: the header claims {header_bytes:,} bytes of {size:,}.",
+            hint=DAMAGED,
+        )
+    try:
+        return load_file(path, device="cpu")
+    except (SafetensorError, ValueError, OSError, KeyError, RuntimeError) as error:
+        raise BackboneError(
+            f"Weights {str(path)!r} are not a sound safetensors file: {error}.",
+            hint=DAMAGED,
+        ) from error
+
+
+def _check_zip(path: Path) -> None:
+    """Refuse a torch zip whose records are compressed, overlap or claim more than the file holds."""
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise BackboneError(
+            f"Weights {str(path)!r} are a damaged zip: {error}.",
+            hint=DAMAGED,
+        ) from error
+    packed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
+    claimed = sum(record.file_size for record in records)
+    if packed or claimed > size:
+        what = f"record {packed[0]!r} is compressed" if packed else f"its records claim {claimed:,} bytes"
+        raise BackboneError(
+            f"Weights {str(path)!r} were not written by torch.save: {what}, the file has {size:,} bytes.",
+            hint="PyTorch stores its records uncompressed; get the original file.",
+        )
+    if any("/code/" in record.filename for record in records):
+        raise BackboneError(
+            f"Weights {str(path)!r} are a TorchScript program, not a state dict.",
+            hint="Save torch.jit.load(FILE).state_dict() where you trust the file, and use that.",
+        )
+
+
+def _torch_load(path: Path) -> Any:
+    """Load a pickle of tensors; anything more than plain data is refused by torch's restricted unpickler."""
+    try:
+        # timm's own training checkpoints carry their arguments as a Namespace, which is plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise BackboneError(
+            f"Weights {str(path)!r} hold more than tensors{_foreign(path)}, and loading them could run code.",
+            hint=CONVERT,
+        ) from error
+    except Exception as error:  # a damaged or foreign file can fail anywhere in the unpickler
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BackboneError(
+            f"Weights {str(path)!r} are no safetensors or torch.save file, or are damaged: {reason}",
+            hint="Expected a .safetensors, .pth or .pt file with a state dict.",
+        ) from error
+
+
+def _foreign(path: Path) -> str:
+    """Return which globals of a zip pickle torch does not allow, as part of a sentence."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # the scanner reads zips only, and not every damaged one
+        return ""
+    return f" ({_some(names)})" if names else ""
+
+
+def _unwrap(loaded: Any, path: Path) -> StateDict:
+    """Return the mapping of names to tensors inside a checkpoint."""
+    for _ in range(3):
+        if not isinstance(loaded, Mapping):
+            break
+        tensors = {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
+        nested = next(
+            (loaded[key] for key in WRAPPERS if isinstance(loaded.get(key), Mapping) and loaded[key]), None
+        )
+        if nested is None or len(tensors) > len(nested):
+            if tensors and all(isinstance(key, str) for key in tensors):
+                return tensors
+            break
+        loaded = nested
+    kind = type(loaded).__name__
+    found = f" with the keys {_some([str(key) for key in loaded])}" if isinstance(loaded, Mapping) else ""
+    raise BackboneError(
+        f"Weights {str(path)!r} hold no state dict: a {kind}{found}.",
+        hint="Expected a mapping of names to tensors, bare or under `state_dict` or `model`.",
+    )
+
+
+def _match_names(state: StateDict, wanted: StateDict, prefix: str) -> Match:
+    tensors: StateDict = {}
+    wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    unused = []
+    for key, value in state.items():
+        name = key.removeprefix(prefix)
+        if name not in wanted:
+            unused.append(key)
+        elif tuple(value.shape) != tuple(wanted[name].shape):
+            wrong[name] = (tuple(value.shape), tuple(wanted[name].shape))
+        else:
+            tensors[name] = value
+    counted = {name: tensor.numel() for name, tensor in wanted.items() if not name.endswith(NOT_COUNTED)}
+    hits = [name for name in tensors if name in counted]
+    rate = min(
+        len(hits) / max(1, len(counted)),
+        sum(counted[name] for name in hits) / max(1, sum(counted.values())),
+    )
+    missing = tuple(name for name in counted if name not in tensors and name not in wrong)
+    return Match(tensors, missing, wrong, tuple(unused), rate, prefix)
+
+
+def _some(names: list[str] | tuple[str, ...], limit: int = 3) -> str:
+    """Return up to `limit` names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,1 @@
+"""From files on disk to labelled, split, decoded and resized images."""

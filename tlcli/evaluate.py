@@ -1,0 +1,219 @@
+"""Measure a run on a split: accuracy with its interval, per class, calibration, and the worst mistakes."""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tlcli import metrics, paths
+from tlcli.cache import files
+from tlcli.config import DataOptions, EvaluateConfig, from_options
+from tlcli.data.collection import Collection, collect
+from tlcli.errors import DataError, StorageError, UsageError
+from tlcli.extract import FeaturePlan, compute_features, plan_features
+from tlcli.features import Extractor, Features, FeatureStore
+from tlcli.heads import Head
+from tlcli.progress import Progress
+from tlcli.runs import Run, open_run
+
+SCHEMA = "tlcli.evaluation/1"
+STORED_MISTAKES = 100  # what the report can show; a command prints as many as it is asked for
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A measured split.
+
+    Attributes:
+        document: Every metric, as written to evaluation-SPLIT.json.
+        predictions: One dict an image: file, path, label, predicted, probability.
+    """
+
+    document: dict[str, Any]
+    predictions: list[dict[str, Any]]
+
+
+def plan_evaluate(config: EvaluateConfig, progress: Progress) -> tuple[Run, FeaturePlan]:
+    """Return the run and what computing the features of the split will take.
+
+    Raises:
+        UsageError: No run was named, or a gate is asked of a split the run was trained on.
+        DataError: The run or its data cannot be used, or the split is empty.
+        StorageError: The rows would not fit.
+    """
+    run = open_run(config.run)
+    config = _own_data_unnamed(config, run)
+    if config.split in run.facts["trained_on"] and config.data is None and config.min_accuracy is not None:
+        raise UsageError(
+            f"The run was trained on {config.split} as well; a gate on it would measure nothing.",
+            hint="Use --split test, other DATA, or a run without --refit.",
+        )
+    workers = config.workers or paths.default_workers()
+    collection = _split_of(config, run, workers, progress)
+    dtype = run.facts["dtype"]["name"] if config.dtype == "auto" else config.dtype
+    stored_as = run.facts["options"].get("cache-dtype", "auto")
+    extractor = Extractor(run.backbone(), device=config.device, dtype=dtype, cache_dtype=stored_as)
+    return run, plan_features(
+        collection, extractor, cache=config.cache, workers=workers, max_bad=config.max_bad
+    )
+
+
+def _own_data_unnamed(config: EvaluateConfig, run: Run) -> EvaluateConfig:
+    """Return `config` without DATA where that is the run's own: measured whole it would include train."""
+    own = Path(run.facts["data"]["path"])
+    given = Path(config.data or "").expanduser()
+    if config.data is not None and given.exists() and own.exists() and given.samefile(own):
+        return dataclasses.replace(config, data=None)
+    return config
+
+
+def _split_of(config: EvaluateConfig, run: Run, workers: int, progress: Progress) -> Collection:
+    stored = json.loads(json.dumps(run.facts["options"]))
+    options = from_options(DataOptions, stored)
+    options = dataclasses.replace(
+        options,
+        data=config.data or run.facts["data"]["path"],
+        limit_per_class=None,
+        max_bad=config.max_bad,
+        allow_outside_root=config.allow_outside_root or options.allow_outside_root,
+    )
+    try:
+        collection = collect(options, workers, progress, class_names=run.class_names)
+    except DataError as error:
+        if config.data is None:
+            error.hint = (
+                f"The run was trained on {options.data}; give DATA if it has moved. {error.hint or ''}"
+            )
+        raise
+    whole = config.data is not None and not collection.named_splits
+    kept = [i for i, split in enumerate(collection.splits) if whole or split == config.split]
+    if not kept:
+        counts = ", ".join(f"{count} {name}" for name, count in collection.num_images().items())
+        raise DataError(
+            f"{options.data!r} has no {config.split} images (it has {counts}).",
+            hint="Choose another --split, or give DATA that has this one.",
+        )
+    return collection.select(kept)
+
+
+def evaluate(
+    run: Run, plan: FeaturePlan, config: EvaluateConfig, progress: Progress
+) -> tuple[Evaluation, Features]:
+    """Measure the split of a plan; with the run's own data the result is also stored in the run.
+
+    Raises:
+        DataError: Too many images cannot be used.
+    """
+    config = _own_data_unnamed(config, run)
+    features = compute_features(plan, progress, to_train=False)
+    collection = usable(plan.collection, features)
+    logits = logits_of(plan.store, collection, run.head())
+    evaluation = measure(
+        logits,
+        collection,
+        run.class_names,
+        split=config.split,
+        majority_class=run.facts["data"]["majority_class"],
+        worst=max(config.worst, STORED_MISTAKES),
+    )
+    evaluation.document["selected_on"] = "train" if config.split in run.facts["trained_on"] else None
+    evaluation.document["num_skipped"] = len(features.bad_images)
+    if config.data is None:
+        try:
+            write_evaluation(run.path, config.split, evaluation)
+        except StorageError:  # a read-only run can be measured all the same
+            evaluation.document["stored"] = False
+    return evaluation, features
+
+
+def usable(collection: Collection, features: Features) -> Collection:
+    """Return the images that were not skipped."""
+    bad = {image.name for image in features.bad_images}
+    return collection.select([i for i, sample in enumerate(collection.samples) if sample.name not in bad])
+
+
+def logits_of(store: FeatureStore, collection: Collection, head: Head) -> np.ndarray[Any, Any]:
+    """Return the fp32 logits [n, C] of images whose rows are there.
+
+    Raises:
+        StorageError: Rows vanished since they were computed.
+    """
+    rows, missing = store.read([found.sha256 or "" for found in collection.fingerprints])
+    if missing:
+        raise StorageError(
+            f"{len(missing)} rows left the cache while it was read.", hint="Run the same command again."
+        )
+    with torch.inference_mode():
+        return head.logits(rows.float()).numpy()
+
+
+def measure(
+    logits: np.ndarray[Any, Any],
+    collection: Collection,
+    class_names: Sequence[str],
+    *,
+    split: str,
+    majority_class: int,
+    worst: int,
+) -> Evaluation:
+    """Return every metric of a split, with each image's prediction.
+
+    Args:
+        logits: fp32 [n, C] in the order of the collection.
+        collection: The images; labels index `class_names`.
+        class_names: In the order of the logits.
+        split: Name of the split.
+        majority_class: The most frequent class of train.
+        worst: How many of the most confident mistakes to list.
+    """
+    labels = np.array([sample.label for sample in collection.samples], np.int64)
+    found = metrics.measure(logits, labels, majority_class=majority_class)
+    for name, scores in zip(class_names, found["per_class"], strict=True):
+        scores["class_name"] = name
+    probabilities = metrics.softmax(logits)
+    predictions = [
+        {
+            "file": sample.name,
+            "path": sample.path,
+            "label": class_names[label],
+            "predicted": class_names[best],
+            "probability": round(float(row[best]), 6),
+        }
+        for sample, label, row in zip(collection.samples, labels, probabilities, strict=True)
+        for best in [int(row.argmax())]
+    ]
+    mistakes = [item for item in predictions if item["label"] != item["predicted"]]
+    mistakes.sort(key=lambda item: (-item["probability"], item["file"]))
+    document = {"schema": SCHEMA, "split": split, "class_names": list(class_names), **found,
+                "num_mistakes": len(mistakes), "worst_mistakes": mistakes[:worst]}  # fmt: skip
+    return Evaluation(document, predictions)
+
+
+def write_evaluation(run_dir: Path, split: str, evaluation: Evaluation) -> None:
+    """Write evaluation-SPLIT.json and predictions-SPLIT.csv."""
+    text = json.dumps(evaluation.document, indent=2, allow_nan=False) + "\n"
+    table = io.StringIO()
+    writer = csv.DictWriter(
+        table, ["file", "label", "predicted", "probability"], lineterminator="\n", extrasaction="ignore"
+    )
+    writer.writeheader()
+    writer.writerows(evaluation.predictions)
+    for name, content in ((f"evaluation-{split}.json", text), (f"predictions-{split}.csv", table.getvalue())):
+        try:
+            files.publish(run_dir / name, [content.encode("utf-8", "surrogateescape")])
+        except OSError as error:
+            raise StorageError(f"{run_dir / name} cannot be written: {error.strerror}.") from error
+
+
+def headline(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the few metrics that stand in run.json and in the result of finetune."""
+    names = ("top1_accuracy", "interval", "num_images", "majority_baseline", "macro_f1", "log_loss",
+             "expected_calibration_error")  # fmt: skip
+    return {name: found[name] for name in names}
