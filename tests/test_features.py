@@ -23,7 +23,7 @@ from tlcli.data.decode import decode
 from tlcli.data.scan import find_images
 from tlcli.data.split import fingerprint
 from tlcli.errors import BackboneError, StorageError
-from tlcli.features import CPU_BATCH, PLAIN_VIEW, Extractor, FeatureStore, to_numpy, to_tensor
+from tlcli.features import PLAIN_VIEW, Extractor, FeatureStore, to_numpy, to_tensor
 from tlcli.progress import Silent
 
 
@@ -105,12 +105,12 @@ def test_every_batch_has_one_size_when_it_is_computed(plain):
     seen = []
     hook = plain._fast.module.register_forward_pre_hook(lambda _module, given: seen.append(len(given[0])))
     try:
-        for count in (1, 5, CPU_BATCH):
+        for count in (1, 5, plain.batch_size):
             images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
             assert len(plain.rows(images)) == count
     finally:
         hook.remove()
-    assert seen == [CPU_BATCH] * 3
+    assert seen == [plain.batch_size] * 3
 
 
 def test_an_extractor_made_anew_gives_the_same_key_and_rows(plain, samples):
@@ -299,7 +299,7 @@ def test_too_many_bad_images_stop_the_work_early(plain, samples):
         with open(sample.path, "wb") as file:
             file.write(b"no image " + sample.name.encode())
     found, _ = fill(FeatureStore(plain), samples, workers=1, stop=lambda num_bad: num_bad > 2)
-    assert found.rows_computed == CPU_BATCH - 3  # nothing after the first batch
+    assert found.rows_computed == plain.batch_size - 3  # nothing after the first batch
     assert {image.name for image in found.bad_images} == {sample.name for sample in samples[:3]}
 
 

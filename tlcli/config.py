@@ -284,9 +284,7 @@ class EvaluateConfig:
     """`tlcli evaluate`."""
 
     run: str | None = argument(None, "Run directory that `tlcli finetune` wrote.", "RUN")
-    data: str | None = argument(
-        None, "Other data with the same classes; the run's own unless given.", "[DATA]"
-    )
+    data: str | None = argument(None, "Other data with the same classes; the run's own unless given.", "DATA")
     split: Split = option("val", "Which split to measure; DATA without splits is measured whole.")
     max_bad: float = same(DataOptions, "max_bad")
     allow_outside_root: bool = same(DataOptions, "allow_outside_root")
@@ -375,7 +373,7 @@ class DataSplitConfig(DataOptions):
 class BackbonesListConfig:
     """`tlcli backbones list`."""
 
-    pattern: str | None = argument(None, "Part of a name, or a glob such as 'resnet*'.", "[PATTERN]")
+    pattern: str | None = argument(None, "Part of a name, or a glob such as 'resnet*'.", "PATTERN")
     cached: bool = option(False, "Only backbones whose weights are on this machine.")
     max_params: float | None = option(
         None, "Only backbones of at most M million parameters.", metavar="M", minimum=0.0
@@ -413,7 +411,7 @@ class CacheShowConfig:
 class CacheVerifyConfig:
     """`tlcli cache verify`."""
 
-    key: str | None = argument(None, "Entry key, or its beginning; every entry unless given.", "[KEY]")
+    key: str | None = argument(None, "Entry key, or its beginning; every entry unless given.", "KEY")
     deep: bool = option(False, "Also hash whole shards and compare with their names.")
 
 

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from tlcli.features import Extractor, Features, FeatureStore
 from tlcli.heads import Head
 from tlcli.progress import Progress
 from tlcli.runs import Run, open_run
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = "tlcli.evaluation/1"
 STORED_MISTAKES = 100  # what the report can show; a command prints as many as it is asked for
@@ -54,6 +57,10 @@ def plan_evaluate(config: EvaluateConfig, progress: Progress) -> tuple[Run, Feat
         raise UsageError(
             f"The run was trained on {config.split} as well; a gate on it would measure nothing.",
             hint="Use --split test, other DATA, or a run without --refit.",
+        )
+    if config.split in run.facts["trained_on"] and config.data is None:
+        logger.warning(
+            "the run was trained on %s: this shows what it remembers, not how good it is", config.split
         )
     workers = config.workers or paths.default_workers()
     collection = _split_of(config, run, workers, progress)

@@ -328,6 +328,7 @@ def open_run(path: str | None) -> Run:
 def model_card(facts: Mapping[str, Any]) -> str:
     """Return the README.md of a run: what it is, how good it is, how to use it."""
     backbone, data, head = facts["backbone"], facts["data"], facts["head"]
+    name = backbone["name"].rstrip("/").rpartition("/")[2]  # of a local folder without where it lies
     lines = [
         "---",
         "library_name: timm",
@@ -335,7 +336,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         f"license: {backbone['license'] or 'unknown'}",
         "---",
         "",
-        f"# Classifier of {len(facts['class_names'])} classes on {backbone['name']}",
+        f"# Classifier of {len(facts['class_names'])} classes on {name}",
         "",
         f"Made by tlcli {facts['tlcli_version']} on {facts['created'][:10]} ({facts['scenario']}).",
         "",

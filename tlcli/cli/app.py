@@ -99,6 +99,8 @@ def _root(
 def main(argv: list[str]) -> int:
     """Run the command line `argv` (without the program's name) and return the exit code."""
     _prepare()
+    if not argv or (len(argv) == 1 and argv[0] in GROUPS):
+        argv = [*argv, "--help"]  # asking for nothing is asking for help, which is no error
     try:
         build()(args=argv, prog_name="tlcli")
     except SystemExit as stop:
