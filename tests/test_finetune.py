@@ -331,3 +331,19 @@ def test_hymenoptera_is_learnt_and_timm_agrees_through_its_own_transform(real_as
             agree += run_facts["class_names"][best] == ours[sample.name]
     assert agree / len(samples) >= 0.99
     assert paths.home().exists()
+
+
+def test_a_row_damaged_after_it_was_found_is_computed_again(run_cli, make_images, tmp_path, monkeypatch):
+    """The index knows the row, the checksum refuses it: the run goes on and is the same."""
+    data = make_images(tmp_path / "photos", {"a": 12, "b": 12})
+    options = ("--backbone", "test_resnet", "--random-init", "--image-size", "32", "--json")
+    first = json.loads(run_cli("finetune", data, *options, "-o", tmp_path / "first").stdout)
+    (shard,) = Path(os.environ["TLCLI_HOME"]).rglob("shards/*.safetensors")
+    damaged = bytearray(shard.read_bytes())
+    damaged[-3] ^= 0x40  # in the last row
+    shard.chmod(0o644)
+    shard.write_bytes(damaged)
+    again = run_cli("finetune", data, *options, "-o", tmp_path / "second")
+    assert again.code == 0, again.stderr
+    assert "computed again" in again.stderr
+    assert json.loads(again.stdout)["metrics"] == first["metrics"]

@@ -18,8 +18,8 @@ from tlcli.cache import files
 from tlcli.config import DataOptions, EvaluateConfig, from_options
 from tlcli.data.collection import Collection, collect
 from tlcli.errors import DataError, StorageError, UsageError
-from tlcli.extract import FeaturePlan, compute_features, plan_features
-from tlcli.features import Extractor, Features, FeatureStore
+from tlcli.extract import FeaturePlan, compute_features, plan_features, read_rows
+from tlcli.features import Extractor, Features
 from tlcli.heads import Head
 from tlcli.progress import Progress
 from tlcli.runs import Run, open_run
@@ -121,7 +121,7 @@ def evaluate(
     config = _own_data_unnamed(config, run)
     features = compute_features(plan, progress, to_train=False)
     collection = usable(plan.collection, features)
-    logits = logits_of(plan.store, collection, run.head())
+    logits = logits_of(plan, collection, run.head())
     evaluation = measure(
         logits,
         collection,
@@ -146,17 +146,13 @@ def usable(collection: Collection, features: Features) -> Collection:
     return collection.select([i for i, sample in enumerate(collection.samples) if sample.name not in bad])
 
 
-def logits_of(store: FeatureStore, collection: Collection, head: Head) -> np.ndarray[Any, Any]:
-    """Return the fp32 logits [n, C] of images whose rows are there.
+def logits_of(plan: FeaturePlan, collection: Collection, head: Head) -> np.ndarray[Any, Any]:
+    """Return the fp32 logits [n, C] of usable images of a plan.
 
     Raises:
-        StorageError: Rows vanished since they were computed.
+        StorageError: Rows vanish from the cache again and again.
     """
-    rows, missing = store.read([found.sha256 or "" for found in collection.fingerprints])
-    if missing:
-        raise StorageError(
-            f"{len(missing)} rows left the cache while it was read.", hint="Run the same command again."
-        )
+    rows = read_rows(plan, collection)
     with torch.inference_mode():
         return head.logits(rows.float()).numpy()
 

@@ -26,7 +26,7 @@ from tlcli.data.collection import Collection, collect
 from tlcli.data.decode import BadImage
 from tlcli.errors import CheckFailed, StorageError, UsageError
 from tlcli.features import Extractor, Features, FeatureStore, to_numpy
-from tlcli.progress import Progress
+from tlcli.progress import Progress, Silent
 
 logger = logging.getLogger(__name__)
 
@@ -230,6 +230,31 @@ def extract(config: ExtractConfig, plan: FeaturePlan, progress: Progress) -> Fea
     return features
 
 
+def read_rows(plan: FeaturePlan, collection: Collection) -> torch.Tensor:
+    """Return the rows of images of a plan, computing again those that were damaged or pruned meanwhile.
+
+    Args:
+        plan: Whose features were computed.
+        collection: Usable images of it.
+
+    Returns:
+        float32 or bfloat16 [n, *row_shape], in the order of the collection.
+
+    Raises:
+        StorageError: Rows are lost a second time.
+    """
+    keys = [found.sha256 or "" for found in collection.fingerprints]
+    rows, missing = plan.store.read(keys)
+    if missing:
+        logger.warning("%d cached rows were damaged or gone; they are computed again", len(missing))
+        again = collection.select(missing)
+        plan.store.fill(again.samples, again.fingerprints, workers=plan.workers, progress=Silent())
+        rows, missing = plan.store.read(keys)
+    if missing:
+        raise StorageError("The cache changes while it is read.", hint="Run the same command again.")
+    return rows
+
+
 def export(plan: FeaturePlan, bad_images: Sequence[BadImage], output: Path) -> None:
     """Write the rows of a collection with file names, labels and splits, in the order of the names.
 
@@ -240,9 +265,7 @@ def export(plan: FeaturePlan, bad_images: Sequence[BadImage], output: Path) -> N
     bad = {image.name for image in bad_images}
     kept = [index for index, sample in enumerate(plan.collection.samples) if sample.name not in bad]
     collection = plan.collection.select(kept)
-    rows, missing = plan.store.read([found.sha256 or "" for found in collection.fingerprints])
-    if missing:
-        raise StorageError("The cache changed while it was read.", hint="Run the same command again.")
+    rows = read_rows(plan, collection)
     names = [sample.name for sample in collection.samples]
     labels = np.array([-1 if s.label is None else s.label for s in collection.samples], np.int64)
     class_names = list(collection.dataset.class_names)

@@ -18,9 +18,16 @@ from tlcli import metrics, paths
 from tlcli.backbones.zoo import load_backbone
 from tlcli.config import FinetuneConfig, to_options
 from tlcli.data.collection import Collection, collect
-from tlcli.errors import StorageError, UsageError
+from tlcli.errors import UsageError
 from tlcli.evaluate import STORED_MISTAKES, Evaluation, headline, logits_of, measure, usable, write_evaluation
-from tlcli.extract import FeaturePlan, compute_features, features_document, make_extractor, plan_features
+from tlcli.extract import (
+    FeaturePlan,
+    compute_features,
+    features_document,
+    make_extractor,
+    plan_features,
+    read_rows,
+)
 from tlcli.features import Features
 from tlcli.heads import FittedHead, fit_head
 from tlcli.progress import Progress
@@ -148,7 +155,7 @@ def finetune(plan: FinetunePlan, progress: Progress) -> Result:
         evaluation = None
         if val.samples:
             names = collection.dataset.class_names
-            logits = logits_of(plan.features.store, val, fitted.head)
+            logits = logits_of(plan.features, val, fitted.head)
             evaluation = measure(
                 logits, val, names, split="val", majority_class=_majority_class(train), worst=STORED_MISTAKES
             )
@@ -185,9 +192,7 @@ def finetune(plan: FinetunePlan, progress: Progress) -> Result:
 
 def _fit(plan: FinetunePlan, train: Collection, progress: Progress) -> FittedHead:
     keys = [found.sha256 or "" for found in train.fingerprints]
-    rows, missing = plan.features.store.read(keys)
-    if missing:
-        raise StorageError("The cache changed while it was read.", hint="Run the same command again.")
+    rows = read_rows(plan.features, train)
     labels = torch.tensor([sample.label for sample in train.samples])
     # Copies of an image, and images of one group, must not be divided by a fold.
     numbers: dict[str, int] = {}
