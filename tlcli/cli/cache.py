@@ -43,7 +43,9 @@ def list_entries(out: Output, _config: CacheListConfig) -> None:
         for entry, fact in zip(entries, documents, strict=True)
     ]  # fmt: skip
     columns = ["key", "backbone", "cut", "row", "rows", "shards", "size", "last used"]
-    footer = f"\n{len(entries)} entries, {size_text(total)} in {store.root}"
+    footer = (
+        f"\n{len(entries)} {'entry' if len(entries) == 1 else 'entries'}, {size_text(total)} in {store.root}"
+    )
     out.result("cache.list", document, table(columns, rows), footer)
     out.hint(f"tlcli cache show {entries[0].key[:SHORT]}")
 
