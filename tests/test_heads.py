@@ -379,3 +379,17 @@ def test_large_work_is_thinned_and_says_so(monkeypatch, caplog):
     assert f"tries {len(fitted.table) // 3} of 16 l2 values" in caplog.text
     fixed = fit_head(features, labels, 3, HeadOptions(l2="0.01,0.02,0.1"))
     assert len(fixed.table) == 9
+
+
+def test_a_head_that_diverged_never_wins():
+    loss = torch.tensor([[0.5, 0.5], [float("nan"), 0.1], [0.7, 0.7]], dtype=torch.float64)
+    scores = Scores(loss, torch.ones(3, 2, dtype=torch.bool))
+    assert choose(scores, torch.ones(3, dtype=torch.bool)) == 0
+
+
+def test_a_head_that_stopped_short_is_told(caplog, monkeypatch):
+    features, labels = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 2
+    monkeypatch.setattr("tlcli.logistic.MAX_ITERATIONS", 1)
+    with caplog.at_level("WARNING", logger="tlcli"):
+        fit_head(features, labels, 2, HeadOptions(l2="0.0001"))
+    assert "stopped short" in caplog.text

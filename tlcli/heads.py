@@ -269,13 +269,18 @@ def choose(scores: Scores, foldable: Tensor) -> int:
         scores: Held-out results of M members.
         foldable: bool [M], whether the member is a plain linear layer on raw features.
     """
-    mean = scores.log_loss.mean(1)
+    mean = scores.log_loss.mean(1).nan_to_num(torch.inf)  # a head that diverged must not win
     best = int(mean.argmin())
     if bool(foldable[best]) or not bool(foldable.any()):
         return best
     rival = int(torch.where(foldable, mean, torch.inf).argmin())
     error = float(scores.log_loss[best].std(correction=0)) / scores.log_loss.shape[1] ** 0.5
     return rival if float(mean[rival]) <= float(mean[best]) + error else best
+
+
+def _finite(value: Tensor) -> float | None:
+    """Return a number for a JSON document, None where there is none."""
+    return float(value) if bool(torch.isfinite(value)) else None
 
 
 # ---- the linear grid --------------------------------------------------------------------------------------
@@ -312,7 +317,7 @@ def _fit_linear(task: Task, options: HeadOptions, progress: Progress) -> FittedH
     basis = kept.get(scaling) or make_basis(task.features, scaling)
     head = _solve_one(basis, task, value)
     table = [
-        {**member, "cv_top1_accuracy": float(accuracy), "cv_log_loss": float(loss)}
+        {**member, "cv_top1_accuracy": float(accuracy), "cv_log_loss": _finite(loss)}
         for member, accuracy, loss in zip(
             members, scores.correct.double().mean(1), scores.log_loss.mean(1), strict=True
         )
@@ -379,7 +384,12 @@ def _solve_one(basis: Basis, task: Task, l2: float) -> LinearHead:
     weights = task.row_weights[None] / task.row_weights.sum()
     zero = torch.zeros(1, dtype=torch.long, device=device)
     problems = Problems(task.targets, weights, torch.tensor([l2], device=device), zero)
-    head = basis.head(solve([basis], problems).weights[0, 0])
+    solved = solve([basis], problems)
+    if not bool(solved.converged.all()):
+        logger.warning(
+            "the chosen head (l2 %.3g) stopped short: its gradient is %.2g", l2, float(solved.gradient.max())
+        )
+    head = basis.head(solved.weights[0, 0])
     return LinearHead(head.weight.cpu(), head.bias.cpu(), head.normalise)
 
 
@@ -428,7 +438,7 @@ def _fit_mlp(task: Task, options: HeadOptions, progress: Progress) -> FittedHead
         rows, _mlp_grid([members[best]], [-2], device), options, epochs=epochs, progress=Silent()
     )
     table = [
-        {**member, "epochs": int(count), "cv_top1_accuracy": float(accuracy), "cv_log_loss": float(loss)}
+        {**member, "epochs": int(count), "cv_top1_accuracy": float(accuracy), "cv_log_loss": _finite(loss)}
         for member, count, accuracy, loss in zip(
             members,
             best_epochs.median(1).values,
