@@ -166,14 +166,16 @@ def test_a_class_without_usable_images_can_still_be_measured(run, tmp_path, make
     assert measure(run, other, max_bad=0.5)[0]["num_images"] == 5
 
 
-def test_a_gate_on_what_the_run_was_trained_on_is_refused(trained, run):
+def test_a_gate_on_what_the_run_was_trained_on_is_refused(trained, run, caplog):
     facts = json.loads((run / "run.json").read_text())
     facts["trained_on"] = ["train", "val"]
     (run / "run.json").write_text(json.dumps(facts))
     for data in (None, trained.images):
         with pytest.raises(UsageError, match="trained on val"):
             measure(run, data, min_accuracy=0.5)
-    assert measure(run)[0]["selected_on"] == "train"
+    with caplog.at_level("WARNING", logger="tlcli"):
+        assert measure(run)[0]["selected_on"] == "train"
+    assert "was trained on val" in caplog.text
 
 
 def test_other_data_passes_the_gate_of_a_refitted_run(run, tmp_path, make_images):

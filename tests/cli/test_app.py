@@ -190,3 +190,11 @@ def test_every_command_prints_exactly_one_document(run_cli, trained, tmp_path):
         name += ".plan" if "--dry-run" in line and line[0] not in app.GROUPS else ""
         assert document["schema"] == f"tlcli.{name}/1"
         assert result.stdout.endswith("}\n")
+
+
+@pytest.mark.parametrize("arguments", [(), ("cache",), ("data",), ("backbones",)])
+def test_asking_for_nothing_shows_help(run_cli, arguments):
+    result = run_cli(*arguments)
+    assert result.code == 0
+    assert "Usage: tlcli" in result.stdout
+    assert result.stdout == run_cli(*arguments, "--help").stdout
