@@ -1,6 +1,7 @@
 """Fixtures of the whole suite: an isolated home, no network, one thread, small learnable images."""
 
 import colorsys
+import itertools
 import logging
 import os
 import random
@@ -116,7 +117,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
     Classes b and c look alike, so that it makes mistakes.
     """
-    from tlcli import heads
     from tlcli.config import FinetuneConfig
     from tlcli.finetune import finetune, plan_finetune
     from tlcli.progress import Silent
@@ -127,13 +127,70 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     (alike / "y").rename(images / "c")
     config = FinetuneConfig(
         data=str(images), backbone="test_resnet", random_init=True, image_size=32, output=str(root / "run"),
-        dtype="fp32", workers=2,
+        dtype="fp32", workers=2, scaling="plain",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TLCLI_HOME", str(root / "home"))
-        patch.setattr(heads, "SCALINGS", ("plain",))
         finetune(plan_finetune(config, Silent()), Silent())
     return Trained(images, root / "run")
+
+
+@pytest.fixture
+def make_tuned(trained: Trained, tmp_path: Path) -> Callable[..., Path]:
+    """Return `make_tuned(backbone, hidden) -> run`: a run whose backbone is no longer what it was.
+
+    It is not trained but shifted by noise, so that only its own stored tensors give its logits. The data are
+    those of `trained`.
+    """
+
+    def make(backbone: str = "test_resnet", hidden: tuple[int, ...] = (), **training: object) -> Path:
+        import dataclasses
+
+        import torch
+
+        from tlcli.backbones.zoo import load_backbone
+        from tlcli.config import FinetuneConfig, to_options
+        from tlcli.linear import LinearHead
+        from tlcli.mlp import MlpHead
+        from tlcli.option_groups import BackboneOptions
+        from tlcli.runs import RunWriter, open_run
+
+        loaded = load_backbone(BackboneOptions(backbone=backbone, random_init=True, image_size=32))
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for tensor in loaded.model.parameters():
+                tensor += 0.05 * torch.randn(tensor.shape, generator=generator)
+        sizes = (loaded.num_features, *hidden, 3)
+        weights = [torch.randn(b, a, generator=generator) / a**0.5 for a, b in itertools.pairwise(sizes)]
+        biases = [torch.randn(len(weight), generator=generator) / 10 for weight in weights]
+        head = (
+            MlpHead(tuple(weights), tuple(biases), "elu") if hidden
+            else LinearHead(weights[0], biases[0], False)
+        )  # fmt: skip
+        config = FinetuneConfig(data=str(trained.images), backbone=backbone, random_init=True, freeze="2")
+        facts = open_run(str(trained.run)).facts
+        facts = {key: facts[key] for key in ("class_names", "data", "device", "dtype")} | {
+            "scenario": "freeze",
+            "backbone": {"name": backbone, "architecture": loaded.architecture, "arguments": loaded.arguments,
+                         "license": None, "source": loaded.source, "pretrained": False,
+                         "num_frozen_units": 2},
+            "preprocess": dataclasses.asdict(loaded.preprocess),
+            "cache_key": None,
+            "options": to_options(config),
+        }  # fmt: skip
+        run = tmp_path / "tuned"
+        with RunWriter(run, config, facts) as writer:
+            stored = writer.save_model(loaded, head, tuple(facts["class_names"]))
+            writer.finish({
+                "head": {"kind": "mlp" if hidden else "linear", "chosen": {}, "cv": None, "stored": stored},
+                "recipe": {"epochs": 3}, "trained_on": ["train"], "metrics": {"val": None},
+                "training": {"epochs": 3, "steps": 9, "best_epoch": None, "selected_on": None, "probe": None,
+                             **training},
+            })  # fmt: skip
+        torch.save((loaded.model, head), tmp_path / "tuned.pt")
+        return run
+
+    return make
 
 
 @pytest.fixture

@@ -20,16 +20,33 @@ PARAMETERS = 7
 
 # Imports point from a later layer to an earlier one, or stay inside a layer. A package counts as one name.
 LAYERS = (
-    {"__init__", "errors", "paths", "config", "progress", "device"},
+    {
+        "__init__",
+        "errors",
+        "paths",
+        "config",
+        "option_groups",
+        "progress",
+        "device",
+        "processes",
+        "memory",
+        "interrupts",
+    },
     {"data", "backbones", "cache"},
     {
         "features",
+        "feature_store",
         "heads",
         "folds",
         "linear",
         "logistic",
         "mlp",
+        "caching",
         "recipe",
+        "sources",
+        "network",
+        "checkpoints",
+        "optimization",
         "training",
         "runs",
         "metrics",
@@ -37,7 +54,7 @@ LAYERS = (
     },
     {
         *("extract", "finetune", "recommend", "probe", "evaluate", "predict"),
-        *("ensemble", "export", "report", "pretrain", "demo"),
+        *("ensemble", "export", "report", "pretrain", "demo", "tuning"),
     },
     {"cli"},
     {"__main__"},
@@ -45,7 +62,17 @@ LAYERS = (
 STRANGERS = {"data", "backbones", "cache"}  # in one layer, and still without imports of each other
 
 TORCH = {"torch", "torchvision", "timm"}
-LIGHT = {"errors", "paths", "config", "progress", "cli", "__init__", "__main__"}  # no torch at import
+LIGHT = {
+    "errors",
+    "paths",
+    "config",
+    "option_groups",
+    "progress",
+    "interrupts",
+    "cli",
+    "__init__",
+    "__main__",
+}  # no torch at import
 CONSOLE = {"typer", "rich"}
 # Slow to import and not needed by every command, so imported by the functions that use them.
 DEFERRED = {"sklearn", "scipy", "matplotlib", "networkx", "accelerate", "jinja2"}

@@ -6,17 +6,9 @@ import pytest
 import yaml
 
 from tlcli import config
-from tlcli.config import (
-    DataOptions,
-    ExtractConfig,
-    FinetuneConfig,
-    from_options,
-    grid,
-    long_name,
-    read_config_file,
-    to_options,
-)
+from tlcli.config import ExtractConfig, FinetuneConfig, from_options, long_name, read_config_file, to_options
 from tlcli.errors import DataError, UsageError
+from tlcli.option_groups import DataOptions, grid
 
 CONFIGS = [
     kind for name, kind in vars(config).items() if name.endswith("Config") and dataclasses.is_dataclass(kind)

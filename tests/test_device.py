@@ -30,6 +30,16 @@ def test_auto_prefers_cuda_then_mps(no_gpu, monkeypatch):
     assert "a GPU" in choice.reason
 
 
+def test_each_process_of_a_machine_takes_a_gpu_of_its_own(no_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank, number in ((0, 0), (1, 1), (2, 0)):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert choose_device().device == torch.device("cuda", number)
+
+
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps"])
 def test_a_missing_device_is_an_error(no_gpu, name):
     with pytest.raises(DeviceError, match=name) as caught:

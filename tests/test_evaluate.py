@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,6 +92,34 @@ def test_the_numbers_are_finetunes_and_are_written_to_the_run(trained, run):
     assert [row["file"] for row in rows] == [item["file"] for item in predictions]
     assert features.rows_computed == len(rows)  # this home's cache was empty
     assert measure(run)[2].rows_computed == 0
+
+
+def test_features_of_a_tuned_network_are_cached_only_when_asked(make_tuned, tmp_path):
+    run = make_tuned()
+    store = Path(os.environ["TLCLI_HOME"]) / "features"
+    plain, predictions, features = measure(run)
+    assert features.entry_key is None
+    assert not store.exists()
+    assert measure(run)[2].rows_computed == len(predictions)
+    asked, _, features = measure(run, cache="always")
+    assert features.entry_key is not None
+    assert features.rows_computed == len(predictions)
+    assert measure(run, cache="always")[2].rows_computed == 0
+    assert asked["confusion_matrix"] == plain["confusion_matrix"]
+    assert asked["log_loss"] == pytest.approx(plain["log_loss"], rel=1e-6)
+    assert set(plain) == set(measure(shutil.copytree(run, tmp_path / "moved"))[0])
+
+
+def test_the_documents_of_tuned_runs_have_the_fields_of_others(make_tuned, run):
+    assert list(measure(make_tuned())[0]) == list(measure(run)[0])
+
+
+def test_a_split_that_chose_the_epoch_is_said_to_have(make_tuned, caplog):
+    run = make_tuned(selected_on="val", best_epoch=2)
+    with caplog.at_level("WARNING", logger="tlcli"):
+        assert measure(run)[0]["selected_on"] == "val"
+    assert "chosen on val" in caplog.text
+    assert measure(run, split="train")[0]["selected_on"] == "train"
 
 
 def test_train_is_measured_with_a_warning_label(run):

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from tlcli import paths
 from tlcli.cache.store import Store
 from tlcli.config import ExtractConfig
-from tlcli.errors import CheckFailed, DataError, StorageError, UsageError
+from tlcli.errors import CheckFailed, DataError, ResourceError, StorageError, UsageError
 from tlcli.extract import (
     TRIAL_ROWS,
     compute_features,
@@ -25,6 +25,7 @@ from tlcli.extract import (
     extract,
     features_document,
     plan_extract,
+    read_rows,
     summary,
 )
 from tlcli.progress import Silent
@@ -100,6 +101,64 @@ def test_too_little_space_is_told_in_the_plan(folder, monkeypatch):
     monkeypatch.setattr(Store.__init__, "__kwdefaults__", {"min_free_bytes": 1 << 60, "max_bytes": None})
     with pytest.raises(StorageError, match="reserve"):
         plan_extract(config(folder), Silent())
+
+
+# ---- views -----------------------------------------------------------------------------------------------
+
+
+def views_config(folder, views, **options):
+    return config(folder, freeze="2", views=views, augment="light", **options)
+
+
+def test_training_images_have_all_views_and_the_others_one(folder):
+    plan = plan_extract(views_config(folder, 3), Silent())
+    num_train, num_val, _ = plan.document()["num_images"].values()
+    assert num_val > 0
+    expected = 3 * num_train + num_val
+    assert (plan.rows_to_compute, plan.rows_to_reuse) == (expected, 0)
+    assert plan.new_bytes == expected * plan.store.extractor.row_bytes
+    assert plan.document()["num_views"] == 3
+    assert plan.document()["views_cache_key"] != plan.document()["cache_key"]
+    assert plan.facts()["views"].startswith("3 of each training image (light: crop")
+    found = extract(views_config(folder, 3), plan, Silent())
+    assert (found.rows_reused, found.rows_computed) == (0, expected)
+    more = plan_extract(views_config(folder, 5), Silent())
+    assert (more.rows_to_compute, more.rows_to_reuse) == (2 * num_train, expected)
+    assert plan_extract(config(folder, freeze="2"), Silent()).rows_to_compute == 0
+
+
+def test_one_view_needs_no_augmentation(folder):
+    plan = plan_extract(config(folder, augment="none"), Silent())
+    assert (plan.num_views, plan.store.views_entry) == (1, None)
+    assert "views" not in plan.facts()
+    with pytest.raises(UsageError, match="--augment none"):
+        plan_extract(config(folder, augment="none", views=2), Silent())
+
+
+def test_an_export_is_of_view_0_whatever_was_cached(folder, tmp_path):
+    run(folder, freeze="2", output=str(tmp_path / "plain.npz"))
+    chosen = views_config(folder, 3, output=str(tmp_path / "views.npz"))
+    extract(chosen, plan_extract(chosen, Silent()), Silent())
+    with np.load(tmp_path / "plain.npz") as plain, np.load(tmp_path / "views.npz") as views:
+        assert all(np.array_equal(plain[name], views[name]) for name in plain)
+
+
+def test_rows_of_views_that_vanish_are_computed_again(folder):
+    plan = plan_extract(views_config(folder, 3), Silent())
+    compute_features(plan, Silent())
+    train = plan.collection.select([i for i, split in enumerate(plan.collection.splits) if split == "train"])
+    views = [place % 3 for place in range(len(train.samples))]
+    expected = read_rows(plan, train, views)
+    shutil.rmtree(plan.store.views_entry.shards_dir)
+    plan.store.views_entry.rows()
+    assert torch.equal(read_rows(plan, train, views), expected)
+    assert len(plan.store.views_entry.rows()) == sum(view > 0 for view in views)
+
+
+def test_rows_kept_in_memory_must_fit(folder, monkeypatch):
+    monkeypatch.setattr("tlcli.memory.available_bytes", lambda: 1000)
+    with pytest.raises(ResourceError, match="--cache never"):
+        plan_extract(views_config(folder, 3, cache="never"), Silent())
 
 
 # ---- counts ----------------------------------------------------------------------------------------------

@@ -18,12 +18,13 @@ from tlcli.backbones.zoo import load_backbone
 from tlcli.cache.entry import Entry
 from tlcli.cache.store import Store
 from tlcli.cache.writer import Writer
-from tlcli.config import BackboneOptions
 from tlcli.data.decode import decode
 from tlcli.data.scan import find_images
 from tlcli.data.split import fingerprint
 from tlcli.errors import BackboneError, StorageError
-from tlcli.features import PLAIN_VIEW, Extractor, FeatureStore, to_numpy, to_tensor
+from tlcli.feature_store import FeatureStore
+from tlcli.features import PLAIN_VIEW, Extractor, to_numpy, to_tensor
+from tlcli.option_groups import BackboneOptions
 from tlcli.progress import Silent
 
 
@@ -377,10 +378,10 @@ def test_shards_are_safetensors_keyed_by_content(plain, samples):
     expected = rows_of(plain, samples[:2])
     assert sorted(map(tuple, rows.tolist())) == sorted(tuple(row.tolist()) for row in expected.values())
     digests = {hashlib.sha256(Path(sample.path).read_bytes()).hexdigest() for sample in samples[:2]}
-    assert FeatureStore(plain).known() == digests
+    assert FeatureStore(plain).known() == {(digest, PLAIN_VIEW) for digest in digests}
 
 
 def test_the_prediction_of_time_is_positive_and_keeps_nothing(plain, samples):
-    assert plain.predicted_seconds(samples, 2) > 0
+    assert plain.predicted_seconds([(sample, (PLAIN_VIEW,)) for sample in samples], 2) > 0
     assert plain.predicted_seconds([], 2) == 0
     assert not paths.home().exists()

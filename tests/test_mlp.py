@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tlcli.config import HeadOptions
 from tlcli.heads import fit_head, head_from_state
 from tlcli.mlp import Grid, MlpHead, TrainingRows, initial_weight, train_mlps
+from tlcli.option_groups import HeadOptions
 from tlcli.progress import Silent
 
 

@@ -39,6 +39,23 @@ def test_logits_equal_those_of_timm_on_the_same_tensor(trained, predictor, sampl
     assert predictor.logits(images[:0]).shape == (0, 3)
 
 
+@pytest.mark.parametrize(
+    ("backbone", "hidden"), [("test_resnet", ()), ("test_resnet", (6,)), ("classic/lenet5", (6, 5))]
+)
+def test_a_tuned_network_gives_the_logits_of_what_was_trained(make_tuned, samples, backbone, hidden):
+    run = make_tuned(backbone, hidden)
+    model, head = torch.load(run.with_suffix(".pt"), weights_only=False)
+    predictor = Predictor(open_run(str(run)), dtype="fp32")
+    images = torch.stack([predictor.extractor.transform(decode(read_bytes(s.path))) for s in samples[:9]])
+    preprocess = predictor.extractor.backbone.preprocess
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
+    with torch.inference_mode():
+        expected = head.logits(model((images.float() / 255 - mean) / std))
+    torch.testing.assert_close(predictor.logits(images), expected, rtol=1e-4, atol=1e-4)
+    found = list(predictor.predict(samples[:9], top=3))
+    assert [item.classes[0][0] for item in found] == ["abc"[i] for i in expected.argmax(1)]
+
+
 def test_classes_equal_those_of_timm_through_its_own_transform(tmp_path, make_images, trained, predictor):
     folder = make_images(tmp_path / "photos", {"a": 40, "b": 40}, size=(90, 70), suffix=".jpg", seed=4)
     samples = find_images([str(folder)])

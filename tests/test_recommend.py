@@ -6,7 +6,7 @@ import pytest
 
 from tlcli.config import FinetuneConfig, RecommendConfig
 from tlcli.errors import UsageError
-from tlcli.recommend import BUILT, recommend
+from tlcli.recommend import recommend, scratch_warning
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from tlcli.recommend import BUILT, recommend
 def test_the_rule_is_the_table_of_the_four_scenarios(size, similarity, scenario) -> None:
     found = recommend(RecommendConfig(size=size, similarity=similarity))
     assert (found.scenario, found.size, found.similarity) == (scenario, size, similarity)
-    assert found.built == (scenario in BUILT)
+    assert found.built
 
 
 @pytest.mark.parametrize(("size", "similarity"), list(itertools.product(["small", "large"], ["low", "high"])))
@@ -31,10 +31,8 @@ def test_every_answer_has_a_reason_caveats_with_sources_and_a_command_that_works
     found = recommend(RecommendConfig(size=size, similarity=similarity, backbone="resnet18"))
     assert found.reason.endswith(".")
     assert any("et al." in caveat or "BYOL" in caveat for caveat in found.caveats)
-    words = found.command.split()
-    assert words[:5] == ["tlcli", "finetune", "DATA", "--backbone", "resnet18"]
-    assert words[-1] in BUILT
-    FinetuneConfig(scenario=words[-1])
+    assert found.command == f"tlcli finetune DATA --backbone resnet18 --scenario {found.scenario}"
+    assert FinetuneConfig(scenario=found.scenario).resolved_scenario() == found.scenario
 
 
 def test_from_scratch_figures_come_with_both_schedules() -> None:
@@ -43,6 +41,22 @@ def test_from_scratch_figures_come_with_both_schedules() -> None:
             if "VTAB" in caveat:
                 assert "short schedule" in caveat
                 assert "long, tuned schedule" in caveat
+
+
+def test_the_warning_before_scratch_has_both_schedules_and_names_the_alternative() -> None:
+    warning = scratch_warning()
+    for words in ("VTAB's short schedule", "long, tuned schedule", "--scenario full"):
+        assert words in warning
+
+
+def test_the_printed_command_is_one_the_command_line_takes(run_cli, tmp_path) -> None:
+    printed = run_cli("recommend", "--size", "small", "--similarity", "low", "--backbone", "bundled")
+    command = printed.stdout.splitlines()[-1].split()
+    assert command[:2] == ["tlcli", "finetune"]
+    nowhere = tmp_path / "nowhere"
+    refused = run_cli(*(nowhere if word == "DATA" else word for word in command[1:]))
+    assert refused.code == 3  # the data is missing; the options are right
+    assert "nowhere" in refused.stderr
 
 
 def test_scratch_names_full_as_the_alternative() -> None:

@@ -3,6 +3,7 @@
 import csv
 import html.parser
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -10,15 +11,17 @@ from typing import Any
 
 import pytest
 
-from tlcli.config import ReportConfig
+from tlcli import recipe
+from tlcli.config import FinetuneConfig, ReportConfig
 from tlcli.errors import DataError, UsageError
 from tlcli.report import report
+from tlcli.runs import RunWriter
 
 EVIL = "<script>alert('x')</script>&\"{{7*7}}"
 
 
-def write_run(run_dir: Path, data: Path, classes: list[str], per_class: int = 20, seed: int = 0) -> Path:
-    """Write the files of a finished run whose predictions are right about four times in five."""
+def write_measured(run_dir: Path, classes: list[str], per_class: int = 20, seed: int = 0) -> int:
+    """Write a val evaluation whose predictions are right about four times in five; return its images."""
     generator = random.Random(seed)
     run_dir.mkdir(parents=True, exist_ok=True)
     rows, matrix = [], [[0] * len(classes) for _ in classes]
@@ -65,6 +68,12 @@ def write_run(run_dir: Path, data: Path, classes: list[str], per_class: int = 20
         "worst_mistakes": [],
     }
     (run_dir / "evaluation-val.json").write_text(json.dumps(evaluation))
+    return total
+
+
+def write_run(run_dir: Path, data: Path, classes: list[str], per_class: int = 20) -> Path:
+    """Write the files of a finished run of a head."""
+    total = write_measured(run_dir, classes, per_class)
     grid = [
         {
             "kind": "head",
@@ -109,6 +118,67 @@ def write_run(run_dir: Path, data: Path, classes: list[str], per_class: int = 20
         "cache_key": "0" * 64,
     }
     (run_dir / "run.json").write_text(json.dumps(run))
+    return run_dir
+
+
+def write_trained_run(run_dir: Path, data: Path, classes: list[str], **options: Any) -> Path:
+    """Write the files of a finished run that trained units of the backbone."""
+    config = FinetuneConfig(data=str(data), backbone="bundled", freeze="6", epochs=20, **options)
+    resolved = recipe.resolve(config, num_train=240, has_batch_norm=True)
+    epochs = [
+        {
+            "kind": "epoch",
+            "epoch": number,
+            "step": 8 * number,
+            "lr": 1e-3 * (1 + math.cos(math.pi * number / resolved.epochs)),
+            "train_loss": 0.5 + 1.5 / number,
+            "train_accuracy": 0.95 - 0.6 / number,
+            "val_log_loss": 0.3 + 1.2 / number + 0.01 * number,
+            "val_accuracy": 0.97 - 0.4 / number - 0.002 * number,
+            "seconds": 1.25,
+        }
+        for number in range(1, resolved.epochs + 1)
+    ]
+    facts = {
+        "scenario": "freeze",
+        "backbone": {"name": "bundled", "architecture": "net", "license": None, "source": "bundled",
+                     "num_frozen_units": 6},
+        "preprocess": {"image_size": [64, 64], "crop_pct": 1.0, "interpolation": "bicubic"},
+        "class_names": classes,
+        "data": {"path": str(data), "kind": "folder", "digest": "abc", "majority_class": 0,
+                 "num_images": {"train": 240, "val": 60, "test": 0}, "ignored": {}},
+        "device": {"name": "cpu", "reason": "no GPU found"},
+        "dtype": {"name": "fp32", "reason": "asked for"},
+        "options": {},
+    }  # fmt: skip
+    selected = "val" if resolved.select_on_val else None
+    training = {
+        "epochs": resolved.epochs,
+        "steps": 8 * resolved.epochs,
+        "lr": resolved.lr or 0.0012,
+        "best_epoch": 9 if selected else None,
+        "selected_on": selected,
+        "probe": {"val_top1_accuracy": 0.72, "chosen": {"scaling": "plain", "l2": 0.01}},
+    }
+    with RunWriter(run_dir, config, facts) as writer:
+        writer.write_lines("metrics.jsonl", epochs)
+        writer.finish(
+            {
+                "head": {"kind": "linear", "chosen": {}, "cv": None, "selected_on": selected, "stored": {}},
+                "recipe": {
+                    **resolved.document(),
+                    "augmentation": {"version": 1, "mirror": "0.5", "trivial": False},
+                    "num_views": None,
+                    "caching": {"where": "cut", "reason": "cached at the cut: 64x8x8 bf16"},
+                    "amp": "bf16",
+                },
+                "training": training,
+                "trained_on": ["train"],
+                "metrics": {"val": {}},
+                "seconds": {"features": 3.0, "training": 25.0, "total": 31.0},
+            }
+        )
+    write_measured(run_dir, classes)
     return run_dir
 
 
@@ -237,6 +307,69 @@ def test_epochs_become_curves(run_dir: Path) -> None:
     words = Page(page_of(run_dir)).words
     assert "Training: loss by epoch" in words
     assert "Training: accuracy by epoch" in words
+
+
+def test_a_trained_backbone_has_curves_its_whole_recipe_and_the_probe_beside_it(
+    tmp_path: Path, make_images: Any
+) -> None:
+    data = make_images(tmp_path / "data", {"ant": 20, "bee": 20, "cat": 20})
+    run = write_trained_run(tmp_path / "run", data, ["ant", "bee", "cat"])
+    text = page_of(run)
+    page = Page(text)
+    for words in ("accuracy by epoch", "loss by epoch", "learning rate by epoch"):
+        assert f"Training: {words}" in page.words
+    assert page.tags.count("svg") == 4
+    for words in (
+        *("Linear probe", "72.0 %", "linear probe, val", "units 1 to 6", "cached at the cut: 64x8x8 bf16"),
+        *("Nothing was chosen on these images", "train accuracy", "val log loss"),
+    ):
+        assert words in page.words
+    document = json.loads((run / "run.json").read_text())["recipe"]
+    shown = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", text))
+    names = {*document, *document["augmentation"]} - {"augmentation", "version", "caching"}
+    assert set(shown) == {name.replace("_", " ") for name in names}
+    assert (shown["mirror"], shown["num views"], shown["trivial"]) == ("0.5", "a new one every epoch", "no")
+    assert float(shown["lr"]) == pytest.approx(document["lr"], rel=1e-3)
+    assert shown["clip grad"] == "off"
+    assert "ringed" not in page.words
+    assert "Best heads" not in page.words
+
+
+def test_a_rate_from_a_range_test_is_shown(tmp_path: Path) -> None:
+    run = write_trained_run(tmp_path / "run", tmp_path, ["ant", "bee"], lr="auto")
+    assert "<dt>lr</dt><dd>0.0012 (range test)</dd>" in page_of(run)
+
+
+def test_an_epoch_chosen_on_val_is_ringed_and_said_to_flatter(tmp_path: Path) -> None:
+    chosen = page_of(write_trained_run(tmp_path / "chosen", tmp_path, ["ant", "bee"], patience=3))
+    plain = page_of(write_trained_run(tmp_path / "plain", tmp_path, ["ant", "bee"]))
+    rings = [text.count("stroke-width: 1.4") for text in (chosen, plain)]
+    assert rings[0] > rings[1]
+    words = Page(chosen).words
+    assert "Epoch 9 of 20 was kept because it did best on these images" in words
+    assert "Everything was chosen inside train" not in words
+
+
+def test_a_run_from_scratch_has_no_probe_and_nothing_frozen(tmp_path: Path) -> None:
+    run = write_trained_run(tmp_path / "run", tmp_path, ["ant", "bee"])
+    facts = json.loads((run / "run.json").read_text())
+    facts["scenario"] = "scratch"
+    facts["backbone"]["num_frozen_units"] = 0
+    facts["training"]["probe"] = facts["recipe"]["caching"] = None
+    (run / "run.json").write_text(json.dumps(facts))
+    words = Page(page_of(run)).words
+    assert "linear probe" not in words.lower()
+    assert "Frozen" in words
+    assert "nothing" in words
+
+
+def test_epochs_that_diverged_leave_gaps_not_errors(tmp_path: Path) -> None:
+    run = write_trained_run(tmp_path / "run", tmp_path, ["ant", "bee"])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[3:]:
+        line |= {"train_loss": None, "val_log_loss": None}
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert "Training: loss by epoch" in Page(page_of(run)).words
 
 
 def test_a_penalty_of_zero_and_a_value_that_is_not_finite_are_drawn_around(run_dir: Path) -> None:

@@ -1,8 +1,12 @@
 """The run directory: written once, refused when in doubt, readable by timm, movable."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -11,9 +15,11 @@ import yaml
 
 from tlcli import mlp, runs
 from tlcli.backbones.zoo import load_backbone
-from tlcli.config import BackboneOptions, FinetuneConfig
-from tlcli.errors import BackboneError, DataError, UsageError
+from tlcli.cache import files
+from tlcli.config import FinetuneConfig
+from tlcli.errors import BackboneError, DataError, Interrupted, UsageError
 from tlcli.linear import LinearHead
+from tlcli.option_groups import BackboneOptions
 from tlcli.runs import RunWriter, check_output, default_run_dir, open_run
 
 FILES = {"config.yaml", "run.json", "metrics.jsonl", "model.safetensors", "config.json", "README.md",
@@ -148,13 +154,13 @@ def made_mlp(width):
 
 def test_a_network_that_is_not_the_trained_one_is_not_published(tmp_path, monkeypatch):
     backbone = small()
-    real = runs._merge
+    real = runs._fill
 
-    def wrong(network, backbone, place, head):
-        real(network, backbone, place, head)
+    def wrong(network, trained, place, head):
+        real(network, trained, place, head)
         network.state_dict()[f"{place}.bias"].add_(0.01)
 
-    monkeypatch.setattr(runs, "_merge", wrong)
+    monkeypatch.setattr(runs, "_fill", wrong)
     with pytest.raises(BackboneError, match="differs"):
         write(tmp_path / "run", backbone, head_of(backbone))
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"
@@ -174,7 +180,7 @@ def test_a_run_can_be_moved(trained, run, tmp_path):
     assert torch.equal(left, right)
 
 
-@pytest.mark.parametrize("status", ["running", "failed", None])
+@pytest.mark.parametrize("status", ["running", "failed", "interrupted", None])
 def test_a_run_that_is_not_done_is_refused(run, status):
     facts = json.loads((run / "run.json").read_text())
     facts["status"] = status
@@ -302,3 +308,299 @@ def test_nan_is_never_written(tmp_path):
     with pytest.raises(ValueError, match="JSON"), RunWriter(tmp_path / "run", FinetuneConfig(), {}) as writer:
         writer.write_json("x.json", {"x": float("nan")})
     assert not (tmp_path / "run/x.json").exists()
+
+
+# ---- the network that was trained ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["test_resnet", "test_vit", "mobilenetv3_small_050", "torchvision/shufflenet_v2_x0_5", "classic/lenet5",
+     "classic/small-cnn"],
+)  # fmt: skip
+def test_a_tuned_network_is_stored_as_it_was_trained(tmp_path, name):
+    given = {"classic/small-cnn": "norm=every,activation=tanh"}.get(name)
+    backbone = load_backbone(
+        BackboneOptions(backbone=name, random_init=True, image_size=32, model_kwargs=given),
+        drop_path=0.2 if name == "test_vit" else 0.0,
+    )
+    model = backbone.model.train()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    for seed in range(2):
+        images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        model(images).square().mean().backward()
+        optimizer.step()
+    frozen = next(module for module in model.modules() if not list(module.children()))
+    frozen.eval()  # frozen units are in eval mode while the others train
+    parameters[0].requires_grad_(False)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    head = head_of(backbone)
+    write(tmp_path / "run", backbone, head)
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in parameters] == [False] + [True] * (len(parameters) - 1)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    run = open_run(str(tmp_path / "run"))
+    again, images = run.backbone(), torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        expected = head.logits(model.eval()(images))
+        torch.testing.assert_close(run.head().logits(again.model(images)), expected, rtol=1e-4, atol=1e-4)
+    assert again.arguments == backbone.arguments
+
+
+def test_a_network_of_half_precision_is_stored_in_full(tmp_path):
+    backbone = small()
+    backbone.model.bfloat16()
+    write(tmp_path / "run", backbone, head_of(backbone))
+    assert next(backbone.model.parameters()).dtype == torch.bfloat16
+    model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    for expected, value in zip(backbone.model.parameters(), model.parameters(), strict=False):
+        assert torch.equal(expected.float(), value)
+
+
+@pytest.mark.parametrize("name", ["classic/lenet5", "torchvision/squeezenet1_1"])
+def test_a_headless_network_that_reads_back_otherwise_is_not_published(tmp_path, monkeypatch, name):
+    backbone = small(name)
+    real = runs.load_stored
+
+    def wrong(*arguments):
+        loaded = real(*arguments)
+        with torch.no_grad():
+            next(loaded.model.parameters()).add_(0.5)
+        return loaded
+
+    monkeypatch.setattr(runs, "load_stored", wrong)
+    with pytest.raises(BackboneError, match="differs"):
+        write(tmp_path / "run", backbone, head_of(backbone))
+    assert not (tmp_path / "run/model.safetensors").exists()
+
+
+FACTS = {
+    "tlcli_version": "0", "created": "2026-01-01", "scenario": "freeze", "class_names": ["a", "b"],
+    "backbone": {"name": "x", "architecture": "x", "license": None, "num_frozen_units": 8},
+    "data": {"num_images": {"train": 9}}, "metrics": {},
+    "head": {"kind": "linear", "chosen": None, "stored": {"classifier": "fc"}},
+    "recipe": {"opt": "adamw", "lr": 0.002, "sched": "cosine", "head_init": "probe"},
+    "training": {"epochs": 12, "best_epoch": None, "selected_on": None},
+}  # fmt: skip
+
+
+def test_the_card_of_a_trained_run_says_how_it_was_trained():
+    card = runs.model_card(FACTS)
+    assert "- Head: linear\n" in card
+    assert "- Training: freeze, units 1 to 8 frozen, 12 epochs, optimiser adamw, " in card
+    assert "learning rate 0.002 (cosine), started from a linear probe\n" in card
+    training = {"epochs": 12, "best_epoch": 7, "selected_on": "val", "lr": 0.01}
+    backbone = FACTS["backbone"] | {"num_frozen_units": 0}
+    recipe = {"opt": "sgd", "lr": None, "sched": "plateau", "augmentation": {"name": "light"}}
+    facts = FACTS | {"scenario": "full", "training": training, "backbone": backbone, "recipe": recipe}
+    card = runs.model_card(facts)
+    assert "full, no unit frozen, 12 epochs of which epoch 7 was kept (chosen on val), optimiser sgd" in card
+    assert "learning rate 0.01 (plateau), augmentation light\n" in card
+
+
+# ---- resuming --------------------------------------------------------------------------------------------
+
+BEGUN = {"data": {"digest": "d", "num_images": {"train": 3, "val": 1}}, "device": {"name": "cpu"}}
+
+
+def config(**options):
+    return FinetuneConfig(**{"data": "/photos", "backbone": "test_resnet", "freeze": "2", **options})
+
+
+def begin(path, error=None, facts=BEGUN, write=True, **options):
+    """Begin or continue a run that ends with `error`, or is killed."""
+    writer = RunWriter(path, config(**options), facts, resume=True, write=write)
+    writer.__enter__()
+    if error:
+        writer.__exit__(type(error), error, None)
+    return writer
+
+
+def status(path):
+    return json.loads((path / "run.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (None, "running"),
+        (ValueError("x"), "failed"),
+        (Interrupted(15), "interrupted"),
+        (KeyboardInterrupt(), "interrupted"),
+    ],
+)
+def test_an_unfinished_run_is_continued_in_place(tmp_path, error, expected):
+    path = tmp_path / "my run"
+    given = config(output=str(path), resume=True)
+    check_output(given)
+    assert runs.run_to_continue(given) is None
+    begin(path, error)
+    first = status(path)
+    assert runs.run_to_continue(given) == first
+    assert runs.run_to_continue(config(output=str(path))) is None
+    assert first["status"] == expected
+    assert "resumed" not in first
+    (path / "checkpoints/step-0000001").mkdir(parents=True)
+    with pytest.raises(DataError, match="not done") as caught:
+        open_run(str(path))
+    assert caught.value.hint.endswith(f"--config '{path}/config.yaml' -o '{path}' --resume")
+    for count in (1, 2):
+        check_output(config(output=str(path), resume=True))
+        writer = begin(path, workers=count, checkpoint_minutes=9.0, data="/else/where")
+        facts = status(path)
+        assert (facts["status"], facts["resumed"], facts["created"]) == ("running", count, first["created"])
+        assert "error" not in facts
+    assert (path / "checkpoints/step-0000001").is_dir()
+    assert yaml.safe_load((path / "config.yaml").read_text())["workers"] == 2
+    writer.finish({})
+    assert status(path)["status"] == "done"
+    for again in (check_output, lambda given: begin(path)):
+        with pytest.raises(UsageError, match="nothing to resume"):
+            again(config(output=str(path), resume=True))
+
+
+@pytest.mark.parametrize("error", [Interrupted(2), KeyboardInterrupt()])
+def test_an_interruption_says_how_to_continue(tmp_path, error):
+    begin(tmp_path / "run", error)
+    hint = error.hint if isinstance(error, Interrupted) else error.__notes__[0]
+    assert hint.endswith(f"tlcli finetune --config {tmp_path}/run/config.yaml -o {tmp_path}/run --resume")
+    assert (
+        not {"output", "overwrite", "resume"}
+        & yaml.safe_load((tmp_path / "run/config.yaml").read_text()).keys()
+    )
+
+
+def test_other_options_are_refused_by_name(tmp_path):
+    begin(tmp_path / "run", epochs=10, lr="0.001")
+    before = (tmp_path / "run/run.json").read_bytes()
+    with pytest.raises(UsageError) as caught:
+        begin(tmp_path / "run", epochs=20, lr="0.001", weight_decay=0.5)
+    assert "--epochs was 10, now 20; --weight-decay was None, now 0.5" in caught.value.message
+    assert "--lr" not in caught.value.message
+    assert (tmp_path / "run/run.json").read_bytes() == before
+    begin(tmp_path / "run", epochs=10, lr="0.001")
+
+
+@pytest.mark.parametrize("item", dataclasses.fields(FinetuneConfig), ids=lambda item: item.name)
+def test_every_option_that_can_change_the_result_is_compared(tmp_path, item):
+    """Whatever option is added later counts, unless it is named in MAY_DIFFER."""
+    left, right = config(), config()
+    object.__setattr__(right, item.name, "another")
+    with RunWriter(tmp_path / "run", left, BEGUN) as writer:
+        pass
+    if item.name in runs.MAY_DIFFER:
+        runs._check_same(tmp_path / "run", right, writer.facts, writer.facts)
+    else:
+        with pytest.raises(UsageError, match=f"--{item.name.replace('_', '-')} was .*now another"):
+            runs._check_same(tmp_path / "run", right, writer.facts, writer.facts)
+
+
+def test_other_data_is_refused(tmp_path):
+    begin(tmp_path / "run")
+    more = {"digest": "e", "num_images": {"train": 4, "val": 1}}
+    with pytest.raises(UsageError, match="3 train, 1 val images, now 4 train, 1 val"):
+        begin(tmp_path / "run", facts=BEGUN | {"data": more})
+    with pytest.raises(UsageError, match="images, classes or splits changed"):
+        begin(tmp_path / "run", facts=BEGUN | {"data": BEGUN["data"] | {"digest": "e"}})
+
+
+def test_another_device_is_told(tmp_path, caplog):
+    begin(tmp_path / "run")
+    begin(tmp_path / "run", facts=BEGUN | {"device": {"name": "cuda:0"}})
+    assert "device: name was cpu, now cuda:0" in caplog.text
+
+
+def test_only_runs_are_resumed(tmp_path):
+    def refused_resume(path):
+        with pytest.raises((UsageError, DataError)) as caught:
+            check_output(config(output=str(path), resume=True))
+        return caught.value.message
+
+    (tmp_path / "photos").mkdir()
+    check_output(config(output=str(tmp_path / "photos"), resume=True))
+    (tmp_path / "photos/config.yaml").write_text("epochs: 3")
+    assert "is no run" in refused_resume(tmp_path / "photos")
+    begin(tmp_path / "run")
+    (tmp_path / "run/run.json").write_text("{}")
+    assert "schema" in refused_resume(tmp_path / "run")
+    (tmp_path / "run/config.yaml").unlink()
+    (tmp_path / "run/run.json").unlink()
+    check_output(config(output=str(tmp_path / "run"), resume=True))
+
+
+def test_killed_before_any_operation_while_it_begins(tmp_path, monkeypatch):
+    """Whatever is left of a run that was killed as it began, --resume begins or continues it."""
+
+    class Killed(BaseException):
+        pass
+
+    for nth in range(1, 100):
+        path = tmp_path / str(nth)
+        with monkeypatch.context() as patch:
+            left = iter(range(1, 1000))
+
+            def wrap(real, left=left, nth=nth):
+                def call(*arguments, **options):
+                    if next(left) >= nth:  # nothing is cleaned up after a kill
+                        raise Killed
+                    return real(*arguments, **options)
+
+                return call
+
+            for name in ("open", "write", "fsync", "replace", "mkdir", "unlink"):
+                patch.setattr(os, name, wrap(getattr(os, name)))
+            try:
+                begin(path)
+                survived = True
+            except Killed:
+                survived = False
+        check_output(config(output=str(path), resume=True))
+        begin(path)
+        assert status(path)["status"] == "running"
+        if survived:
+            break
+    assert nth > 10
+
+
+def test_what_killed_writers_left_is_cleaned(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    begin(tmp_path / "run")
+    left = tmp_path / f"run/.tmp-{files.HOST}-{process.pid}-{'0' * 32}"
+    left.write_text("")
+    begin(tmp_path / "run")
+    assert not left.exists()
+
+
+def test_only_one_of_several_processes_writes(tmp_path):
+    backbone = small()
+    with RunWriter(tmp_path / "run", config(), {}, write=False) as writer:
+        stored = writer.save_model(backbone, head_of(backbone), ("a", "b", "c"))
+        runs.model_card(FACTS | {"head": FACTS["head"] | {"stored": stored}})  # made by all, written by one
+        writer.write_json("x.json", {})
+        writer.write_lines("x.jsonl", [{}])
+        writer.write_yaml("x.yaml", {})
+        writer.finish({"x": 1})
+        assert writer.facts["x"] == 1
+    assert not (tmp_path / "run").exists()
+    begin(tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    begin(tmp_path / "run", Interrupted(15), write=False)
+    with pytest.raises(UsageError, match="other options"):  # so that all processes end, not the writer alone
+        begin(tmp_path / "run", epochs=99, write=False)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_full_disk_does_not_hide_what_happened(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def run():
+        with RunWriter(tmp_path / "run", config(), {}):
+            monkeypatch.setattr(files, "publish", full)
+            _ = 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        run()

@@ -1,249 +1,39 @@
-"""Every option of every command: its default, its help, its range. Written once, here.
+"""What every command takes: one frozen dataclass a command, put together from the groups of option_groups.py.
 
-A command takes one frozen dataclass, put together from the option groups below. cli/options.py turns the
-fields into flags, `--config FILE.yaml` fills them by their long names, and a run stores them resolved in
-config.yaml. Checks that need no data happen in `__post_init__` and raise UsageError. No torch here.
+cli/options.py turns the fields into flags, `--config FILE.yaml` fills them by their long names, and a run
+stores them resolved in config.yaml. No torch here.
 """
 
 import dataclasses
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from tlcli.errors import DataError, UsageError
+from tlcli.option_groups import (
+    AugmentOptions,
+    BackboneOptions,
+    CacheMode,
+    DataOptions,
+    Device,
+    FeatureOptions,
+    HeadOptions,
+    Split,
+    TrainingOptions,
+    argument,
+    option,
+    same,
+)
 
 T = TypeVar("T")
-Device = str
-Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-CacheMode = Literal["auto", "always", "never", "verify"]
-Split = Literal["train", "val", "test"]
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    flags: tuple[str, ...] = (),
-    metavar: str | None = None,
-    envvar: str | None = None,
-    minimum: float | None = None,
-    maximum: float | None = None,
-) -> Any:
-    """Return a dataclass field that is a `--flag`, with what its help says and its range (inclusive)."""
-    return field(
-        default=default,
-        metadata={
-            "help": help,
-            "flags": flags,
-            "metavar": metavar,
-            "envvar": envvar,
-            "minimum": minimum,
-            "maximum": maximum,
-        },
-    )
-
-
-def argument(default: Any, help: str, metavar: str) -> Any:
-    """Return a dataclass field that is a positional argument."""
-    return field(default=default, metadata={"help": help, "metavar": metavar, "argument": True})
-
-
-def same(group: type, name: str) -> Any:
-    """Return the field `name` of an option group, to be used in another configuration."""
-    base = group.__dataclass_fields__[name]  # type: ignore[attr-defined]
-    return field(default=base.default, metadata=base.metadata)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preprocess:
-    """The evaluation transform of a backbone, every value resolved; part of the cache key.
-
-    Attributes:
-        image_size: Height and width given to the network, in pixels.
-        crop_pct: Share of the resized image the centre crop keeps, in (0, 1].
-        crop_mode: "center" resizes the shorter side, then crops; "squash" resizes both sides; "border"
-            fits the longer side and pads with the mean.
-        interpolation: How the resize interpolates (always antialiased).
-        mean: Per-channel mean subtracted from values in [0, 1], in RGB order.
-        std: Per-channel divisor, in RGB order.
-    """
-
-    image_size: tuple[int, int]
-    crop_pct: float
-    crop_mode: Literal["center", "squash", "border"] = "center"
-    interpolation: Interpolation = "bicubic"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-
-# ---- groups of options, shared by commands ----------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """Where the images are and how they are split."""
-
-    data: str | None = argument(
-        None, "Folder of images (a folder a class, or train/val/test above them), or a CSV/TSV file.", "DATA"
-    )
-    filename_column: str = option("filename", "CSV column that holds the path, relative to the CSV file.")
-    label_column: str = option("label", "CSV column that holds the class.")
-    split_column: str = option("split", "CSV column that holds train, val or test; may be absent.")
-    group_column: str = option("group", "CSV column of groups that must not be divided by a split.")
-    val_fraction: float = option(
-        0.2,
-        "Share of the training images held out as val when no val split is given.",
-        minimum=0.01,
-        maximum=0.9,
-    )
-    split_seed: int = option(0, "Changes which images the content hash sends to val.", minimum=0)
-    limit_per_class: int | None = option(
-        None,
-        "Use at most N training images of each class (lowest content hash first): few-shot.",
-        metavar="N",
-        minimum=1,
-    )
-    max_bad: float = option(
-        0.01, "Share of unreadable images above which the run stops.", minimum=0.0, maximum=1.0
-    )
-    allow_outside_root: bool = option(False, "Let a CSV or a link name files outside the data folder.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneOptions:
-    """Which pretrained network, and how images are prepared for it."""
-
-    backbone: str | None = option(
-        None,
-        "timm name (resnet50.a1_in1k), torchvision/NAME, hf-hub:ORG/NAME, local-dir:PATH or bundled.",
-        metavar="B",
-    )
-    weights: str | None = option(
-        None, "Weights for the named architecture: a .safetensors, .pth or .pt file.", metavar="FILE"
-    )
-    random_init: bool = option(False, "Leave the weights random (a baseline; no hub is asked).")
-    image_size: int | None = option(
-        None,
-        "Side of the square image given to the backbone, in pixels; its own size unless given.",
-        minimum=8,
-        maximum=4096,
-    )
-    crop_pct: float | None = option(
-        None,
-        "Share of the resized image the centre crop keeps; the backbone's own unless given.",
-        minimum=0.1,
-        maximum=1.0,
-    )
-    interpolation: Interpolation | None = option(
-        None, "How images are resized; the backbone's own unless given."
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureOptions:
-    """How features are computed and cached."""
-
-    freeze: str | None = option(
-        None, "Freeze units 1..K, `all` or `none`; see `tlcli backbones show`.", metavar="K|all|none"
-    )
-    dtype: Literal["auto", "fp32", "bf16"] = option(
-        "auto", "Compute type of the frozen prefix; auto is bf16 where the processor is fast at it."
-    )
-    cache_dtype: Literal["auto", "fp32", "bf16"] = option(
-        "auto", "Type of the stored rows; auto is fp32 for pooled vectors, bf16 for activation maps."
-    )
-    cache: CacheMode = option(
-        "auto", "Use the feature cache; never bypasses it, verify recomputes everything and compares."
-    )
-    device: Device = option(
-        "auto", "auto, cpu, cuda, cuda:0 or mps.", envvar="TLCLI_DEVICE", metavar="DEVICE"
-    )
-    workers: int | None = option(
-        None,
-        "Threads that decode images; one per core, at most 16, unless given.",
-        flags=("-j", "--workers"),
-        envvar="TLCLI_WORKERS",
-        minimum=1,
-        maximum=256,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadOptions:
-    """The classifier trained on the features."""
-
-    head: str = option(
-        "linear", "linear (a grid of 48, solved exactly) or mlp:H1,H2,... (hidden sizes).", metavar="HEAD"
-    )
-    folds: int = option(5, "Cross-validation folds inside train that choose the head.", minimum=2, maximum=20)
-    class_weights: Literal["none", "balanced"] = option(
-        "none", "balanced weighs classes by inverse frequency; try it when rare classes matter most."
-    )
-    label_smoothing: float = option(
-        0.0, "Share of the target spread over all classes; try 0.1 on noisy labels.", minimum=0.0, maximum=0.9
-    )
-    l2: str = option(
-        "auto", "Comma-separated l2 penalties of the grid; auto spans the useful range.", metavar="GRID"
-    )
-    seed: int = option(0, "Seed of folds, initialisation and order.", minimum=0)
-    refit: bool = option(False, "After choosing, train on train+val; val then no longer measures anything.")
-    activation: Literal["elu", "relu", "leaky-relu", "gelu", "tanh", "sigmoid"] = option(
-        "elu", "Activation between an MLP head's layers."
-    )
-    init: Literal["he", "xavier"] = option(
-        "he", "Initialisation of an MLP head; xavier suits tanh and sigmoid."
-    )
-    batch_norm: bool = option(False, "Batch normalisation after each hidden layer of an MLP head.")
-    dropout: str = option("0,0.5", "Comma-separated dropout rates of an MLP head's grid.", metavar="GRID")
-    lr: str = option(
-        "0.0003,0.001,0.003", "Comma-separated learning rates of an MLP head's grid.", metavar="GRID"
-    )
-    l1: float = option(0.0, "l1 penalty on an MLP head's weights; makes them sparse.", minimum=0.0)
-    max_norm: float = option(
-        0.0,
-        "Largest l2 norm of a hidden unit's incoming weights in an MLP head; 0 is off, 3 to 4 is usual.",
-        minimum=0.0,
-    )
-    epochs: int = option(100, "Most epochs of an MLP head.", minimum=1, maximum=100_000)
-    patience: int = option(10, "Epochs without improvement after which an MLP head stops.", minimum=1)
-    batch_size: int = option(
-        256, "Training batch of an MLP head.", flags=("-b", "--batch-size"), minimum=1, maximum=1_000_000
-    )
-
-    def hidden_sizes(self) -> tuple[int, ...]:
-        """Return the hidden sizes of an MLP head, or () for a linear one.
-
-        Raises:
-            UsageError: `head` is neither `linear` nor `mlp:` with positive whole numbers.
-        """
-        if self.head == "linear":
-            return ()
-        kind, _, sizes = self.head.partition(":")
-        try:
-            hidden = tuple(int(size) for size in sizes.split(","))
-        except ValueError:
-            hidden = ()
-        if kind != "mlp" or not hidden or min(hidden) < 1 or max(hidden) > 65_536:
-            raise UsageError(
-                f"--head {self.head!r} is not a head.", hint="Expected linear, or mlp:512 or mlp:1024,256."
-            )
-        return hidden
-
-    def __post_init__(self) -> None:
-        """Refuse a head or a grid that cannot be read."""
-        self.hidden_sizes()
-        if self.l2 != "auto":
-            grid(self.l2, "--l2", minimum=0.0)
-        grid(self.dropout, "--dropout", minimum=0.0, maximum=0.95)
-        grid(self.lr, "--lr", minimum=1e-8, maximum=10.0)
-
+Scenario = Literal["feature-extraction", "freeze", "full", "scratch"]
 
 # ---- one configuration a command --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractConfig(FeatureOptions, BackboneOptions, DataOptions):
+class ExtractConfig(AugmentOptions, FeatureOptions, BackboneOptions, DataOptions):
     """`tlcli extract`."""
 
     output: str | None = option(
@@ -264,11 +54,15 @@ class ExtractConfig(FeatureOptions, BackboneOptions, DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(HeadOptions, FeatureOptions, BackboneOptions, DataOptions):
+class FinetuneConfig(
+    TrainingOptions, AugmentOptions, HeadOptions, FeatureOptions, BackboneOptions, DataOptions
+):
     """`tlcli finetune`."""
 
-    scenario: Literal["feature-extraction"] | None = option(
-        None, "Which of the scenarios to apply; feature-extraction freezes the whole backbone."
+    scenario: Scenario | None = option(
+        None,
+        "feature-extraction trains a head alone, freeze also the units after --freeze K, full everything, "
+        "scratch everything from random weights; follows from --freeze unless given.",
     )
     output: str | None = option(
         None,
@@ -277,6 +71,48 @@ class FinetuneConfig(HeadOptions, FeatureOptions, BackboneOptions, DataOptions):
         metavar="DIR",
     )
     overwrite: bool = option(False, "Replace an existing run directory.")
+    resume: bool = option(
+        False, "Continue the unfinished run in -o from its newest checkpoint; starts it where there is none."
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse contradictions that need no data.
+
+        Raises:
+            UsageError: Options contradict each other.
+        """
+        HeadOptions.__post_init__(self)
+        if self.resume and self.overwrite:
+            raise UsageError("--resume and --overwrite contradict each other.", hint="Leave one of them out.")
+        if self.resume and not self.output:
+            raise UsageError("--resume needs -o: the run directory to continue.")
+        self.resolved_scenario()
+
+    def resolved_scenario(self) -> Scenario:
+        """Return the scenario, which follows from --freeze where it is not given.
+
+        Raises:
+            UsageError: --scenario and --freeze contradict each other.
+        """
+        freeze = None if self.freeze is None else self.freeze.strip().lower()
+        implied: Scenario = "full" if freeze in {"none", "0"} else "freeze"
+        if freeze in {None, "all"}:
+            implied = "feature-extraction"
+        scenario = self.scenario or implied
+        allowed = {
+            "feature-extraction": freeze in {None, "all"},
+            "freeze": implied == "freeze" or freeze is None,
+            "full": freeze in {None, "none", "0"},
+            "scratch": freeze in {None, "none", "0"},
+        }
+        if not allowed[scenario]:
+            hint = {"feature-extraction": "It freezes all.", "freeze": "It takes a number, --freeze K.",
+                    "full": "It freezes none.", "scratch": "It freezes none."}[scenario]  # fmt: skip
+            raise UsageError(
+                f"--scenario {scenario} and --freeze {self.freeze} contradict each other.",
+                hint=f"{hint} Leave one of them out.",
+            )
+        return scenario
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,6 +187,24 @@ class DemoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataPreviewConfig(AugmentOptions, DataOptions):
+    """`tlcli data preview`."""
+
+    image_size: int = option(
+        160, "Side of each picture, in pixels: of the images given to the backbone.", minimum=8, maximum=1024
+    )
+    images: int = option(
+        6, "How many training images are shown, spread over the classes.", metavar="N", minimum=1, maximum=200
+    )
+    samples: int = option(
+        8, "How many augmented versions of each are shown.", metavar="N", minimum=1, maximum=50
+    )
+    workers: int | None = same(FeatureOptions, "workers")
+    output: str = option("preview.png", "Picture to write.", flags=("-o", "--output"), metavar="FILE")
+    overwrite: bool = option(False, "Replace an existing file.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataCheckConfig(DataOptions):
     """`tlcli data check`."""
 
@@ -390,6 +244,7 @@ class BackbonesShowConfig:
     backbone: str | None = argument(None, "Backbone, spelled as for --backbone.", "NAME")
     weights: str | None = same(BackboneOptions, "weights")
     random_init: bool = option(False, "Do not load weights: the table does not depend on them.")
+    model_kwargs: str | None = same(BackboneOptions, "model_kwargs")
     image_size: int | None = option(
         None, "Side of the square image, in pixels; the backbone's own unless given.", minimum=8, maximum=4096
     )
@@ -430,27 +285,6 @@ class CachePruneConfig:
 
 
 # ---- reading and writing configurations -------------------------------------------------------------------
-
-
-def grid(text: str, name: str, *, minimum: float, maximum: float = float("inf")) -> tuple[float, ...]:
-    """Return the numbers of a comma-separated grid, in order.
-
-    Raises:
-        UsageError: A value is not a number in [minimum, maximum].
-    """
-    values = []
-    for part in str(text).split(","):
-        try:
-            value = float(part)
-        except ValueError:
-            value = float("nan")
-        if not minimum <= value <= maximum:
-            raise UsageError(
-                f"{name} {text!r}: {part.strip()!r} is not a number from {minimum:g} to {maximum:g}.",
-                hint=f"Write numbers with commas between, as in {name} 0.001,0.01.",
-            )
-        values.append(value)
-    return tuple(values)
 
 
 def long_name(field_name: str) -> str:

@@ -270,8 +270,7 @@ class _Show:
         self.document["recommendation"] = {"scenario": found.scenario, "built": found.built}
         text = f"{found.scenario}: {found.reason}"
         if found.scenario != SCENARIO:
-            missing = "" if found.built else f" (this version has no {found.scenario} yet)"
-            text += f" The demo takes {SCENARIO}, the quick baseline to beat first{missing}."
+            text += f" The demo takes {SCENARIO}, the quick baseline to beat first."
         return text
 
     def extract(self) -> str:

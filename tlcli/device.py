@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tlcli import processes
 from tlcli.errors import DeviceError, UsageError
 
 
@@ -40,7 +41,8 @@ def choose_device(name: str = "auto") -> DeviceChoice:
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         if torch.cuda.is_available():
-            return DeviceChoice(torch.device("cuda", 0), f"found {torch.cuda.get_device_name(0)}")
+            number = processes.local_rank() % max(1, torch.cuda.device_count())  # a GPU a process
+            return DeviceChoice(torch.device("cuda", number), f"found {torch.cuda.get_device_name(number)}")
         if has_mps:
             return DeviceChoice(torch.device("mps"), "found Apple's GPU")
         return DeviceChoice(torch.device("cpu"), "no GPU found")

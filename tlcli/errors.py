@@ -87,11 +87,12 @@ class Interrupted(TlcliError):
 
     Args:
         signal_number: 2 for SIGINT, 15 for SIGTERM; the exit code is 128 more.
+        hint: How to continue.
     """
 
     SIGNALS: ClassVar[dict[int, str]] = {2: "SIGINT", 15: "SIGTERM"}
 
-    def __init__(self, signal_number: int) -> None:
+    def __init__(self, signal_number: int, *, hint: str = "The same command continues it.") -> None:
         name = self.SIGNALS.get(signal_number, str(signal_number))
-        super().__init__(f"Interrupted by {name}; finished work is kept, the same command continues it.")
+        super().__init__(f"Interrupted by {name}; finished work is kept.", hint=hint)
         self.exit_code = 128 + signal_number

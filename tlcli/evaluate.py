@@ -15,12 +15,13 @@ import torch
 
 from tlcli import metrics, paths
 from tlcli.cache import files
-from tlcli.config import DataOptions, EvaluateConfig, from_options
+from tlcli.config import EvaluateConfig, from_options
 from tlcli.data.collection import Collection, collect
 from tlcli.errors import DataError, StorageError, UsageError
 from tlcli.extract import FeaturePlan, compute_features, plan_features, read_rows
 from tlcli.features import Extractor, Features
 from tlcli.heads import Head
+from tlcli.option_groups import CacheMode, DataOptions
 from tlcli.progress import Progress
 from tlcli.runs import Run, open_run
 
@@ -58,18 +59,30 @@ def plan_evaluate(config: EvaluateConfig, progress: Progress) -> tuple[Run, Feat
             f"The run was trained on {config.split} as well; a gate on it would measure nothing.",
             hint="Use --split test, other DATA, or a run without --refit.",
         )
-    if config.split in run.facts["trained_on"] and config.data is None:
-        logger.warning(
-            "the run was trained on %s: this shows what it remembers, not how good it is", config.split
-        )
+    if config.data is None:
+        if config.split in run.facts["trained_on"]:
+            logger.warning(
+                "the run was trained on %s: this shows what it remembers, not how good it is", config.split
+            )
+        elif config.split == _selected_on(run):
+            logger.warning(
+                "the run's epoch was chosen on %s, so its accuracy there flatters it a little", config.split
+            )
     workers = config.workers or paths.default_workers()
     collection = _split_of(config, run, workers, progress)
     dtype = run.facts["dtype"]["name"] if config.dtype == "auto" else config.dtype
-    stored_as = run.facts["options"].get("cache-dtype", "auto")
+    # A tuned network's features serve this run alone: they are kept only when asked, and as plain vectors.
+    tuned = run.facts.get("scenario", "feature-extraction") != "feature-extraction"
+    stored_as = "auto" if tuned else run.facts["options"].get("cache-dtype", "auto")
+    cache: CacheMode = "never" if tuned and config.cache == "auto" else config.cache
     extractor = Extractor(run.backbone(), device=config.device, dtype=dtype, cache_dtype=stored_as)
-    return run, plan_features(
-        collection, extractor, cache=config.cache, workers=workers, max_bad=config.max_bad
-    )
+    return run, plan_features(collection, extractor, cache=cache, workers=workers, max_bad=config.max_bad)
+
+
+def _selected_on(run: Run) -> str | None:
+    """Return the split that chose the epoch of a trained run, or None."""
+    found: str | None = (run.facts.get("training") or {}).get("selected_on")
+    return found
 
 
 def _own_data_unnamed(config: EvaluateConfig, run: Run) -> EvaluateConfig:
@@ -130,7 +143,9 @@ def evaluate(
         majority_class=run.facts["data"]["majority_class"],
         worst=max(config.worst, STORED_MISTAKES),
     )
-    evaluation.document["selected_on"] = "train" if config.split in run.facts["trained_on"] else None
+    chosen_here = config.data is None and config.split == _selected_on(run)
+    in_training = config.split in run.facts["trained_on"]
+    evaluation.document["selected_on"] = "train" if in_training else config.split if chosen_here else None
     evaluation.document["num_skipped"] = len(features.bad_images)
     if config.data is None:
         try:

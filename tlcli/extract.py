@@ -17,15 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from tlcli import paths
+from tlcli import paths, processes
 from tlcli.backbones.zoo import Backbone, load_backbone
 from tlcli.cache import files
-from tlcli.config import CacheMode, ExtractConfig
+from tlcli.config import ExtractConfig
 from tlcli.data.audit import require_usable
+from tlcli.data.augment import AugmentPolicy, resolve_policy
 from tlcli.data.collection import Collection, collect
 from tlcli.data.decode import BadImage
 from tlcli.errors import CheckFailed, StorageError, UsageError
-from tlcli.features import Extractor, Features, FeatureStore, to_numpy
+from tlcli.feature_store import FeatureStore
+from tlcli.features import Extractor, Features, Views, to_numpy
+from tlcli.option_groups import CacheMode
 from tlcli.progress import Progress, Silent
 
 logger = logging.getLogger(__name__)
@@ -42,7 +45,8 @@ class FeaturePlan:
         store: Where the rows go, with the extractor that computes what is missing.
         workers: Threads.
         max_bad: Share of bad images above which the work stops.
-        rows_to_compute: Images whose row is not there yet.
+        num_views: Views of each training image; every other image has view 0 alone.
+        rows_to_compute: Rows that are not there yet.
         new_bytes: Bytes the cache will grow by.
         predicted_seconds: About how long computing will take.
     """
@@ -51,14 +55,15 @@ class FeaturePlan:
     store: FeatureStore
     workers: int
     max_bad: float
+    num_views: int
     rows_to_compute: int
     new_bytes: int
     predicted_seconds: float
 
     @property
     def rows_to_reuse(self) -> int:
-        """Return the images whose row is there already."""
-        return len(self.collection.samples) - self.rows_to_compute
+        """Return the rows that need not be computed: there already, or those of a copy."""
+        return sum(map(len, views_of(self.collection, self.num_views))) - self.rows_to_compute
 
     def facts(self) -> dict[str, str]:
         """Return the plan for people."""
@@ -69,11 +74,17 @@ class FeaturePlan:
         rows += f"{self.rows_to_compute:,} to compute"
         if self.rows_to_compute:
             rows += f" ({files.size_text(self.new_bytes)}, about {self.predicted_seconds:.0f} s)"
+        policy = extractor.views.policy if extractor.views else None
+        views = {}
+        if policy and self.num_views > 1:
+            kind = f"{policy.name}: {policy.describe()}; {policy.reason}"
+            views = {"views": f"{self.num_views} of each training image ({kind})"}
         return {
             "images": ", ".join(f"{count:,} {split}" for split, count in counts.items() if count)
             + f" in {len(self.collection.dataset.class_names)} classes"
             + f" ({files.size_text(self.collection.num_bytes)})",
             "backbone": f"{extractor.backbone.name}, {extractor.cut.num_frozen_units} units frozen",
+            **views,
             "features": rows,
             "computes on": extractor.reason,
         }  # fmt: skip
@@ -82,6 +93,7 @@ class FeaturePlan:
         """Return the plan for machines."""
         return {
             "num_images": self.collection.num_images(),
+            "num_views": self.num_views,
             "num_classes": len(self.collection.dataset.class_names),
             "data_bytes": self.collection.num_bytes,
             "num_frozen_units": self.store.extractor.cut.num_frozen_units,
@@ -92,33 +104,58 @@ class FeaturePlan:
             "new_bytes": self.new_bytes,
             "predicted_seconds": round(self.predicted_seconds, 1),
             "cache_key": self.store.entry.key if self.store.entry else None,
+            "views_cache_key": self.store.views_entry.key if self.store.views_entry else None,
         }
 
 
+def views_of(collection: Collection, num_views: int) -> list[range]:
+    """Return the views of each image: all of them for training, view 0 for measuring."""
+    return [range(num_views if split == "train" else 1) for split in collection.splits]
+
+
 def plan_features(
-    collection: Collection, extractor: Extractor, *, cache: CacheMode, workers: int, max_bad: float
+    collection: Collection,
+    extractor: Extractor,
+    *,
+    cache: CacheMode,
+    workers: int,
+    max_bad: float,
+    num_views: int = 1,
 ) -> FeaturePlan:
-    """Return what computing the missing rows will take; refuses what cannot fit on the disk.
+    """Return what computing the missing rows will take; refuses what cannot fit.
+
+    Args:
+        collection: The images.
+        extractor: With an augmentation if there is more than one view.
+        cache: Mode of the cache.
+        workers: Threads.
+        max_bad: Share of bad images above which the work stops.
+        num_views: Views of each training image, view 0 among them; other images have view 0 alone.
 
     Raises:
         StorageError: Too little space, or the cache cannot be written or trusted.
+        ResourceError: With --cache never, too little memory.
     """
     store = FeatureStore(extractor, cache)
-    todo = store.missing(collection.samples, collection.fingerprints)
-    stored = store.num_new(collection.fingerprints)
+    views = views_of(collection, num_views)
+    todo = store.missing(collection.samples, collection.fingerprints, views)
+    stored = store.num_new(collection.fingerprints, views)
     store.check_space(stored, write=False)
-    seconds = extractor.predicted_seconds(todo, workers) if len(todo) >= TRIAL_ROWS else len(todo) * 0.05
-    return FeaturePlan(collection, store, workers, max_bad, len(todo), stored * extractor.row_bytes, seconds)
+    count = sum(len(wanted) for _, wanted in todo)
+    seconds = extractor.predicted_seconds(todo, workers) if count >= TRIAL_ROWS else count * 0.05
+    seconds /= processes.world_size() if store.entry is not None else 1
+    new_bytes = stored * extractor.row_bytes
+    return FeaturePlan(collection, store, workers, max_bad, num_views, count, new_bytes, seconds)
 
 
 def compute_features(
     plan: FeaturePlan, progress: Progress, *, bad_images_path: Path | None = None, to_train: bool = True
 ) -> Features:
-    """Compute the missing rows of a plan.
+    """Compute the missing rows of a plan; of several processes each computes its share.
 
     Args:
         plan: From `plan_features`.
-        progress: Told of every image.
+        progress: Told of every row.
         bad_images_path: Where to list the images that were skipped, if any were; CSV of file and reason.
         to_train: Whether every class must keep a training image.
 
@@ -134,10 +171,12 @@ def compute_features(
         collection.fingerprints,
         workers=plan.workers,
         progress=progress,
+        views=views_of(collection, plan.num_views),
+        together=True,
         stop=lambda num_bad: num_bad > plan.max_bad * total,
     )
     if features.bad_images:
-        if bad_images_path is not None:
+        if bad_images_path is not None and processes.is_main():
             write_bad_images(bad_images_path, features.bad_images)
         where = f" ({bad_images_path})" if bad_images_path else ""
         logger.warning(
@@ -176,7 +215,7 @@ def features_document(features: Features) -> dict[str, Any]:
 
 def summary(features: Features) -> str:
     """Return the counts of a computation for people."""
-    rate = f" at {features.rows_computed / features.seconds:,.0f} images/s" if features.rows_computed else ""
+    rate = f" at {features.rows_computed / features.seconds:,.0f} rows/s" if features.rows_computed else ""
     return (
         f"reused {features.rows_reused:,}, computed {features.rows_computed:,}{rate}, "
         f"skipped {len(features.bad_images):,}"
@@ -201,18 +240,41 @@ def plan_extract(config: ExtractConfig, progress: Progress) -> FeaturePlan:
         )
     workers = config.workers or paths.default_workers()
     collection = collect(config, workers, progress)
-    extractor = make_extractor(load_backbone(config), config)
-    return plan_features(collection, extractor, cache=config.cache, workers=workers, max_bad=config.max_bad)
+    num_views = config.views or 1
+    policy = None
+    if num_views > 1:
+        policy = resolve_policy(config, collection.num_images()["train"])
+        if policy.is_none:
+            raise UsageError(
+                f"--views {num_views} with --augment none would store the same row {num_views} times.",
+                hint="Leave --views out, or choose an --augment preset.",
+            )
+    extractor = make_extractor(load_backbone(config), config, policy=policy)
+    return plan_features(
+        collection, extractor, cache=config.cache, workers=workers, max_bad=config.max_bad,
+        num_views=num_views,
+    )  # fmt: skip
 
 
-def make_extractor(backbone: Backbone, config: Any) -> Extractor:
-    """Return the extractor that the feature options of `config` ask for."""
+def make_extractor(
+    backbone: Backbone, config: Any, *, node: str | None = None, policy: AugmentPolicy | None = None
+) -> Extractor:
+    """Return the extractor that the feature options of `config` ask for.
+
+    Args:
+        backbone: From `load_backbone`.
+        config: With the fields of FeatureOptions and, for a policy, those of AugmentOptions.
+        node: Name of an earlier operation to cut at; see `cut_at`.
+        policy: How views from 1 on are made; None where view 0 is all there is.
+    """
     return Extractor(
         backbone,
         freeze=config.freeze,
         device=config.device,
         dtype=config.dtype,
         cache_dtype=config.cache_dtype,
+        node=node,
+        views=Views(policy, config.view_seed) if policy is not None else None,
     )
 
 
@@ -224,18 +286,23 @@ def extract(config: ExtractConfig, plan: FeaturePlan, progress: Progress) -> Fea
     """
     output = Path(config.output) if config.output else None
     bad_images_path = (output.parent if output else Path()) / "bad_images.csv"
+    if plan.store.entry is None and not processes.is_main():
+        return Features()  # rows in memory are of use to the process that exports them alone
     features = compute_features(plan, progress, bad_images_path=bad_images_path)
-    if output:
+    if output and processes.is_main():
         export(plan, features.bad_images, output)
     return features
 
 
-def read_rows(plan: FeaturePlan, collection: Collection) -> torch.Tensor:
+def read_rows(plan: FeaturePlan, collection: Collection, views: Sequence[int] | None = None) -> torch.Tensor:
     """Return the rows of images of a plan, computing again those that were damaged or pruned meanwhile.
+
+    Several threads may call it at once.
 
     Args:
         plan: Whose features were computed.
         collection: Usable images of it.
+        views: The view wanted of each image; None is view 0.
 
     Returns:
         float32 or bfloat16 [n, *row_shape], in the order of the collection.
@@ -244,19 +311,25 @@ def read_rows(plan: FeaturePlan, collection: Collection) -> torch.Tensor:
         StorageError: Rows are lost a second time.
     """
     keys = [found.sha256 or "" for found in collection.fingerprints]
-    rows, missing = plan.store.read(keys)
+    rows, missing = plan.store.read(keys, views)
     if missing:
         logger.warning("%d cached rows were damaged or gone; they are computed again", len(missing))
         again = collection.select(missing)
-        plan.store.fill(again.samples, again.fingerprints, workers=plan.workers, progress=Silent())
-        rows, missing = plan.store.read(keys)
+        plan.store.fill(
+            again.samples, again.fingerprints, workers=plan.workers, progress=Silent(),
+            views=[(views[place],) for place in missing] if views else None,
+        )  # fmt: skip
+        rows, missing = plan.store.read(keys, views)
     if missing:
         raise StorageError("The cache changes while it is read.", hint="Run the same command again.")
     return rows
 
 
 def export(plan: FeaturePlan, bad_images: Sequence[BadImage], output: Path) -> None:
-    """Write the rows of a collection with file names, labels and splits, in the order of the names.
+    """Write the plain rows of a collection with file names, labels and splits, in the order of the names.
+
+    Only view 0, with or without --views: one row an image is what other programs expect, and the other views
+    are tlcli's own augmentation, which it reads from the cache.
 
     safetensors: `features` [n, *row_shape], `labels` int64 [n] (-1 unknown), with JSON lists `files`,
     `class_names` and `splits` in the metadata. npz: the same as arrays (bf16 rows as float32). csv: a line an

@@ -1,22 +1,24 @@
 """Features of images: each image goes through the frozen prefix once, and the cache keeps the row.
 
     image bytes -> SHA-256 -> row in the cache?  yes: read it
-                                                 no:  decode -> resize -> prefix -> cache
+                                                 no:  decode -> resize or augment -> prefix -> cache
 
-An `Extractor` is a prefix on a device with its transform; `FeatureStore` is its entry of the cache. Rows do
-not depend on order, batch or restart: every batch is padded to one size, and on a CPU each batch is computed
-by a single thread, several batches side by side. (That also bears a busy machine better than one batch over
-all cores: there the cores wait for the slowest, measured 60 against 18 images/s under a load of 10.)
+An `Extractor` is a prefix on a device with its transform; feature_store.py keeps its rows. View 0 of an image
+is the plain one; every other is a pure function of the image's hash, the view and a seed, so that its row can
+be kept too. Rows do not depend on order, batch or restart: every batch is padded to one size, and on a CPU
+each batch is computed by a single thread, several batches side by side. (That also bears a busy machine
+better than one batch over all cores: there the cores wait for the slowest, measured 60 against 18 images/s
+under a load of 10.)
 """
 
 import hashlib
+import itertools
 import json
-import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,32 +26,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tlcli import __version__, paths
+from tlcli import __version__
 from tlcli.backbones import inference
 from tlcli.backbones.cut import Cut, cut_at
 from tlcli.backbones.units import parse_freeze, units
 from tlcli.backbones.zoo import Backbone, state_sha256
-from tlcli.cache.entry import Entry
-from tlcli.cache.key import SCHEMA
-from tlcli.cache.store import Store
-from tlcli.config import CacheMode
+from tlcli.cache.key import SCHEMA, RowKey
+from tlcli.data.augment import Augmenter, AugmentPolicy
 from tlcli.data.decode import POLICY, BadImage, DecodeError, decode, read_bytes
 from tlcli.data.scan import Sample
-from tlcli.data.split import Fingerprint
 from tlcli.data.transforms import EvalTransform
 from tlcli.device import DeviceChoice, DtypeChoice, choose_device, choose_dtype
 from tlcli.errors import BackboneError
-from tlcli.progress import Progress
-
-logger = logging.getLogger(__name__)
 
 CPU_BATCH = 4  # of 224 x 224 pixels, more of smaller ones: the maps of a batch should stay in the cache
 MAX_CPU_BATCH = 16
 GPU_BATCH = 128
 PLAIN_VIEW = 0
-TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # largest relative difference `--cache verify` accepts
+ROWS_AT_ONCE = 64  # a thread's turn: enough that several views of a few images fill whole batches
 
 Array = np.ndarray[Any, Any]
+Item = tuple[Sample, Sequence[int]]
+"""An image and the views of it that are wanted."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """How views from 1 on are made.
+
+    Attributes:
+        policy: What varies, and how much.
+        seed: Of --view-seed.
+    """
+
+    policy: AugmentPolicy
+    seed: int = 0
 
 
 class Extractor:
@@ -61,11 +72,14 @@ class Extractor:
         device: Name of a device.
         dtype: Compute type: auto, fp32 or bf16.
         cache_dtype: Type of the rows: auto, fp32 or bf16.
+        node: Name of an earlier operation to cut at; see `cut_at`.
+        views: How views from 1 on are made; None where view 0 is all there is.
 
     Attributes:
         cut: Where the backbone is divided.
         row_dtype: "fp32" or "bf16".
-        spec: The facts that make a row what it is: the entry key is their hash.
+        spec: The facts that make a row of view 0 what it is: the entry key is their hash.
+        views_spec: The same for the other views; None without `views`.
         reason: Why this device and these types, for people.
     """
 
@@ -77,12 +91,15 @@ class Extractor:
         device: str = "auto",
         dtype: str = "auto",
         cache_dtype: str = "auto",
+        node: str | None = None,
+        views: Views | None = None,
     ) -> None:
         self.backbone = backbone
         self.device_choice: DeviceChoice = choose_device(device)
         self.device = self.device_choice.device
         size = backbone.preprocess.image_size
-        self.cut: Cut = cut_at(backbone.model, parse_freeze(freeze, len(units(backbone.model))), size)
+        num_frozen_units = parse_freeze(freeze, len(units(backbone.model)))
+        self.cut: Cut = cut_at(backbone.model, num_frozen_units, size, node)
         self.dtype_choice: DtypeChoice = choose_dtype(dtype, self.device)
         prefix_sha256 = state_sha256(self.cut.prefix)
         self._fast = inference.prepare(self.cut.prefix, size, self.dtype_choice.dtype, self.device)
@@ -102,6 +119,12 @@ class Extractor:
             "row_dtype": self.row_dtype,
             "row_shape": list(self.cut.row_shape),
         }
+        self.views = views
+        self._augmenter: Augmenter | None = None
+        self.views_spec: dict[str, Any] | None = None
+        if views:
+            self._augmenter = Augmenter(views.policy, backbone.preprocess)
+            self.views_spec = {**self.spec, "augment": views.policy.facts(), "view_seed": views.seed}
         mean = torch.tensor(backbone.preprocess.mean, device=self.device).view(1, 3, 1, 1)
         std = torch.tensor(backbone.preprocess.std, device=self.device).view(1, 3, 1, 1)
         self._scale, self._shift = 1 / (255 * std), -mean / std
@@ -143,10 +166,35 @@ class Extractor:
                 hint="Nothing may train the prefix during extraction.",
             )
 
+    def load(self, sample: Sample, view: int = PLAIN_VIEW) -> tuple[str, Tensor]:
+        """Return an image's SHA-256 and one view of it, uint8 [3, h, w] at the network's size.
+
+        Raises:
+            DecodeError: It cannot be read or decoded.
+        """
+        data = read_bytes(sample.path)
+        key = hashlib.sha256(data).hexdigest()
+        return key, self.view(decode(data), key, view)
+
+    def view(self, image: Tensor, key: str, view: int) -> Tensor:
+        """Return one view, uint8 [3, h, w] at the network's size, of a decoded image, uint8 [3, H, W].
+
+        Args:
+            image: The whole image.
+            key: SHA-256 of its file.
+            view: 0 for the plain one.
+        """
+        if view == PLAIN_VIEW:
+            return self.transform(image)
+        if self._augmenter is None or self.views is None:
+            raise ValueError(f"view {view} of an image: this extractor has no augmentation")
+        return self._augmenter(image, key, view, self.views.seed)
+
     def rows(self, images: Tensor) -> Tensor:
         """Return the rows of uint8 images [n, 3, h, w], n at most the batch size, on the device.
 
-        The batch is padded to the batch size, so that a row does not depend on the size of its batch.
+        The batch is padded to the batch size, so that a row does not depend on the size of its batch. Several
+        threads may call it at once. The rows carry no gradient, but may be trained from.
         """
         count = len(images)
         if count < self.batch_size:
@@ -154,26 +202,36 @@ class Extractor:
         # TF32 would make "fp32" on a GPU something else than on a CPU.
         on_gpu = self.device.type == "cuda"
         precise = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if on_gpu else nullcontext()
-        with torch.inference_mode(), precise:
-            pixels = images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-            rows: Tensor = self._fast.module(torch.addcmul(self._shift, pixels.float(), self._scale))
+        with torch.no_grad(), precise:
+            rows: Tensor = self._fast.module(self.normalise(images))
             return rows[:count].to(torch.float32 if self.row_dtype == "fp32" else torch.bfloat16)
 
-    def predicted_seconds(self, samples: Sequence[Sample], workers: int) -> float:
-        """Return about how long the rows of `samples` will take, from a trial of a few batches."""
+    def normalise(self, images: Tensor) -> Tensor:
+        """Return uint8 images [n, 3, h, w] as a network takes them: float32, on the device, channels-last."""
+        pixels = images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        return torch.addcmul(self._shift, pixels.float(), self._scale)
+
+    def predicted_seconds(self, items: Sequence[Item], workers: int) -> float:
+        """Return about how long the rows of `items` will take, from a trial of a few batches."""
         lanes = min(workers, 4)
-        few = samples[: lanes * self.batch_size]
+        few = [item for group in itertools.islice(self._groups(items), lanes) for item in group]
         if not few:
             return 0.0
         started = time.perf_counter()
-        for _ in self.compute(few, lanes):
+        for _ in self.compute_items(few, lanes):
             pass
-        return (time.perf_counter() - started) / len(few) * len(samples) * lanes / workers
+        share = sum(len(views) for _, views in items) / sum(len(views) for _, views in few)
+        return (time.perf_counter() - started) * share * lanes / workers
 
     def compute(self, samples: Sequence[Sample], workers: int) -> Iterator["Batch"]:
-        """Yield the rows of `samples` in batches, in order, decoded by `workers` threads.
+        """Yield the plain rows of `samples` in batches, in order; see `compute_items`."""
+        return self.compute_items([(sample, (PLAIN_VIEW,)) for sample in samples], workers)
 
-        Each file is read once here: the bytes that are hashed are the bytes that are decoded.
+    def compute_items(self, items: Sequence[Item], workers: int) -> Iterator["Batch"]:
+        """Yield the rows of views of images in batches, in order, decoded by `workers` threads.
+
+        Each file is read and decoded once, for all of its views: the bytes that are hashed are the bytes that
+        are decoded.
         """
         threads = torch.get_num_threads()
         pool = ThreadPoolExecutor(workers, "tlcli-features", torch.set_num_threads, (1,))
@@ -181,8 +239,8 @@ class Extractor:
         computing: deque[Batch] = deque()
         on_cpu = self.device.type == "cpu"
         try:
-            for start in range(0, len(samples), self.batch_size):
-                waiting.append(pool.submit(self._load_batch, samples[start : start + self.batch_size]))
+            for group in self._groups(items):
+                waiting.append(pool.submit(self._load_batch, group))
                 if len(waiting) <= 2 * workers:
                     continue
                 computing.append(self._start(waiting.popleft().result()))
@@ -196,34 +254,62 @@ class Extractor:
             pool.shutdown(wait=True, cancel_futures=True)
             torch.set_num_threads(threads)  # the threads' own setting also set MKL's, which is everybody's
 
-    def _load_batch(self, samples: Sequence[Sample]) -> "Batch":
+    def _groups(self, items: Sequence[Item]) -> Iterator[list[Item]]:
+        """Divide items so that the rows of each group fill whole batches, or nearly; in order."""
+        limit = max(ROWS_AT_ONCE, self.batch_size)
+        group: list[Item] = []
+        count = 0
+        for sample, views in items:
+            if group and count + len(views) > limit:
+                yield group
+                group, count = [], 0
+            group.append((sample, views))
+            count += len(views)
+            if count % self.batch_size == 0:
+                yield group
+                group, count = [], 0
+        if group:
+            yield group
+
+    def _load_batch(self, items: Sequence[Item]) -> "Batch":
         """Return decoded images, and on a CPU already their rows; runs in a thread of the pool."""
         batch, images = Batch(), []
-        for sample in samples:
+        for sample, views in items:
+            batch.num_items += len(views)
             try:
                 data = read_bytes(sample.path)
                 key = hashlib.sha256(data).hexdigest()
                 try:
-                    images.append(self.transform(decode(data)))
-                    batch.keys.append((key, sample.name))
+                    image = decode(data)
                 except DecodeError as error:
                     batch.undecodable[key] = error.reason
                     raise
             except DecodeError as error:
                 batch.bad_images.append(BadImage(sample.name, sample.path, error.reason))
+                continue
+            for view in views:
+                images.append(self.view(image, key, view))
+                batch.keys.append((key, sample.name))
+                batch.views.append(view)
         if images:
             batch.tensor = torch.stack(images)
             if self.device.type == "cpu":
-                batch.tensor = self.rows(batch.tensor)
+                batch.tensor = self._all_rows(batch.tensor)
             elif self.device.type == "cuda":
                 batch.tensor = batch.tensor.pin_memory()
         return batch
+
+    def _all_rows(self, images: Tensor) -> Tensor:
+        """Return the rows of any number of images."""
+        if len(images) <= self.batch_size:
+            return self.rows(images)
+        return torch.cat([self.rows(part) for part in torch.split(images, self.batch_size)])
 
     def _start(self, batch: "Batch") -> "Batch":
         """Start computing a decoded batch's rows on a GPU, and their way back."""
         if batch.tensor is None or self.device.type == "cpu":
             return batch
-        rows = self.rows(batch.tensor)
+        rows = self._all_rows(batch.tensor)
         if self.device.type == "cuda":
             # Copied as soon as it is computed: asked for later, it would wait for the batch behind it.
             batch.tensor = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
@@ -240,7 +326,9 @@ class Batch:
     """Rows of a few images.
 
     Attributes:
-        keys: SHA-256 and name of each image, in the order of the rows.
+        keys: SHA-256 and name of the image of each row, in the order of the rows.
+        views: The view of each row.
+        num_items: Rows asked for, those of bad images included.
         bad_images: The images that could not be read or decoded.
         undecodable: SHA-256 -> reason of those that could be read.
         tensor: The rows; before they are computed, the images.
@@ -248,6 +336,8 @@ class Batch:
     """
 
     keys: list[tuple[str, str]] = field(default_factory=list)
+    views: list[int] = field(default_factory=list)
+    num_items: int = 0
     bad_images: list[BadImage] = field(default_factory=list)
     undecodable: dict[str, str] = field(default_factory=dict)
     tensor: Tensor | None = None
@@ -259,23 +349,23 @@ class Batch:
             self.ready.synchronize()
         return None if self.tensor is None else self.tensor.cpu()
 
-    def items(self) -> Iterator[tuple[str, str, Array]]:
-        """Yield SHA-256, name and row (float32, or bf16 as uint16 bit patterns)."""
+    def items(self) -> Iterator[tuple[RowKey, str, Array]]:
+        """Yield key (SHA-256 and view), name and row (float32, or bf16 as uint16 bit patterns)."""
         rows = self.rows()
         if rows is not None:
-            for (key, name), row in zip(self.keys, to_numpy(rows), strict=True):
-                yield key, name, row
+            for (key, name), view, row in zip(self.keys, self.views, to_numpy(rows), strict=True):
+                yield (key, view), name, row
 
 
 @dataclass
 class Features:
-    """What became of the images of a data set.
+    """What became of the images of a data set; a row is one view of an image.
 
     Attributes:
-        rows_reused: Images whose row was there already.
-        rows_computed: Rows computed now; copies of one image share a row.
+        rows_reused: Rows wanted that were there already.
+        rows_computed: Rows computed now; copies of one image share theirs.
         bad_images: Images skipped, each with its reason.
-        entry_key: Key of the cache entry; None with --cache never.
+        entry_key: Key of the plain cache entry; None with --cache never.
         seconds: Time the missing rows took.
         largest_difference: With --cache verify, the largest relative difference to a stored row.
         differing: With --cache verify, names of images whose stored row is not what was recomputed.
@@ -288,163 +378,6 @@ class Features:
     seconds: float = 0.0
     largest_difference: float = 0.0
     differing: list[str] = field(default_factory=list)
-
-
-class FeatureStore:
-    """The rows of one extractor: in the cache or, with --cache never, in memory.
-
-    Args:
-        extractor: Computes what is missing.
-        mode: auto and always use the cache, never does not, verify recomputes everything and compares.
-    """
-
-    def __init__(self, extractor: Extractor, mode: CacheMode = "auto") -> None:
-        self.extractor = extractor
-        self.mode = mode
-        self.store = Store(paths.features_dir())
-        self.entry: Entry | None = None if mode == "never" else self.store.entry(extractor.spec)
-        self._memory: dict[str, Array] = {}
-
-    def known(self) -> set[str]:
-        """Return SHA-256 of the images whose plain row is there now."""
-        if self.entry is None:
-            return set(self._memory)
-        return {key for key, view in self.entry.rows() if view == PLAIN_VIEW}
-
-    def missing(self, samples: Sequence[Sample], fingerprints: Sequence[Fingerprint]) -> list[Sample]:
-        """Return one sample for each image whose row must be computed."""
-        taken = set() if self.mode == "verify" else self.known()
-        result = []
-        for sample, found in zip(samples, fingerprints, strict=True):
-            if found.sha256 is not None and found.sha256 not in taken:
-                taken.add(found.sha256)
-                result.append(sample)
-        return result
-
-    def num_new(self, fingerprints: Sequence[Fingerprint]) -> int:
-        """Return how many rows the cache will grow by."""
-        if self.entry is None:
-            return 0
-        return len({found.sha256 for found in fingerprints if found.sha256} - self.known())
-
-    def check_space(self, num_rows: int, *, write: bool = True) -> None:
-        """Refuse rows that would not fit or could not be written, before any is computed.
-
-        Args:
-            num_rows: Rows to store.
-            write: Also make the cache folder and write in it, which a mere plan must not.
-
-        Raises:
-            StorageError: Too little space, or the cache cannot be written.
-        """
-        if self.entry is not None and num_rows:
-            self.store.check_space(num_rows * self.extractor.row_bytes)
-            if write:
-                self.store.check_writable()
-
-    def fill(
-        self,
-        samples: Sequence[Sample],
-        fingerprints: Sequence[Fingerprint],
-        *,
-        workers: int,
-        progress: Progress,
-        stop: Callable[[int], bool] = lambda _num_bad: False,
-    ) -> Features:
-        """Compute every row that is missing.
-
-        Args:
-            samples: The images.
-            fingerprints: One a sample.
-            workers: Threads that decode, and on a CPU compute.
-            progress: Told of every image.
-            stop: Called with the number of bad images so far; True ends the work early. Rows finished by
-                then are kept, and of the bad images only those found by then are listed.
-
-        Raises:
-            StorageError: The cache cannot take the rows.
-            BackboneError: Rows are not finite, or weights changed meanwhile.
-        """
-        started = time.perf_counter()
-        before = self.known()
-        todo = self.missing(samples, fingerprints)
-        self.check_space(self.num_new(fingerprints))
-        unreadable = sum(found.sha256 is None for found in fingerprints)
-        result = Features(entry_key=self.entry.key if self.entry else None)
-        undecodable: dict[str, str] = {}
-        computed: set[str] = set()
-        stopped = stop(unreadable)
-        progress.start("computing features", len(todo))
-        with self._sink(result) as sink:
-            for batch in self.extractor.compute([] if stopped else todo, workers):
-                undecodable |= batch.undecodable
-                for key, name, row in batch.items():
-                    sink(key, name, row)
-                    computed.add(key)
-                progress.advance(len(batch.keys) + len(batch.bad_images))
-                if stopped := stop(unreadable + len(undecodable)):
-                    break
-        progress.finish()
-        result.rows_computed = len(computed)
-        for sample, found in zip(samples, fingerprints, strict=True):
-            key = found.sha256 or ""
-            lost = key not in computed and key not in before
-            if found.reason or key in undecodable or (lost and not stopped):
-                reason = found.reason or undecodable.get(key) or "changed or vanished while it was read"
-                result.bad_images.append(BadImage(sample.name, sample.path, reason))
-            elif self.mode != "verify":
-                result.rows_reused += key in before
-        result.seconds = time.perf_counter() - started
-        return result
-
-    @contextmanager
-    def _sink(self, result: Features) -> Iterator[Callable[[str, str, Array], None]]:
-        """Give the function that takes each computed row: the cache's writer, memory, or a comparison."""
-        if self.entry is None:
-            yield lambda key, _name, row: self._memory.__setitem__(key, row.copy())
-            return
-        entry, extractor = self.entry, self.extractor
-        with entry.writer(extractor.environment(), guard=extractor.check_unchanged) as writer:
-
-            def take(key: str, name: str, row: Array) -> None:
-                if self.mode != "verify" or not self._compare(entry, key, name, row, result):
-                    writer.add((key, PLAIN_VIEW), row, name)
-
-            yield take
-
-    def _compare(self, entry: Entry, key: str, name: str, row: Array, result: Features) -> bool:
-        """Compare a recomputed row with the stored one; return whether there is one."""
-        stored, missing = entry.read([(key, PLAIN_VIEW)])
-        if missing:
-            return False
-        result.rows_reused += 1
-        new, old = (to_tensor(value).float() for value in (row, stored[0]))
-        difference = float((new - old).norm() / old.norm().clamp_min(1e-12))
-        result.largest_difference = max(result.largest_difference, difference)
-        if not difference <= TOLERANCE[self.extractor.row_dtype]:
-            result.differing.append(name)
-        return True
-
-    def read(self, keys: Sequence[str]) -> tuple[Tensor, list[int]]:
-        """Return the rows of images, and the positions of those that are not there (zeros).
-
-        Args:
-            keys: SHA-256 of each image, in the order wanted.
-
-        Returns:
-            float32 or bfloat16 [len(keys), *row_shape], in the order of `keys`; ascending positions.
-        """
-        if self.entry is not None:
-            rows, missing = self.entry.read([(key, PLAIN_VIEW) for key in keys])
-            return to_tensor(rows), missing
-        shape = self.extractor.cut.row_shape
-        zero = np.zeros(shape, np.float32 if self.extractor.row_dtype == "fp32" else np.uint16)
-        rows = (
-            np.stack([self._memory.get(key, zero) for key in keys])
-            if keys
-            else np.empty((0, *shape), zero.dtype)
-        )
-        return to_tensor(rows), [i for i, key in enumerate(keys) if key not in self._memory]
 
 
 def to_numpy(rows: Tensor) -> Array:

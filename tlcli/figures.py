@@ -27,6 +27,7 @@ def curves(
     y_label: str,
     log_x: bool = False,
     mark: tuple[str, float] | None = None,
+    level: tuple[str, float] | None = None,
 ) -> str:
     """Return lines over a shared x axis.
 
@@ -36,6 +37,7 @@ def curves(
         y_label: What y is, with its unit.
         log_x: Whether x runs on a logarithmic scale.
         mark: Name and x of the point to ring: the one that was chosen.
+        level: Name and y of a dashed line across the figure to compare with.
     """
 
     def draw(axes: Any) -> None:
@@ -45,19 +47,26 @@ def curves(
             kept = sorted(point for point in points if abs(point[1]) < float("inf"))
             if not kept:
                 continue
-            xs, ys = zip(*kept, strict=True)
             few = len(kept) <= 40
-            axes.plot(xs, ys, color=colour, label=name, marker=marker if few else None, markersize=3.5)
+            axes.plot(
+                *zip(*kept, strict=True), color=colour, label=name, marker=marker if few else None,
+                markersize=3.5,
+            )  # fmt: skip
             chosen = [point for point in kept if mark and mark == (name, point[0])]
             if chosen:
                 axes.plot(
                     *chosen[0], "o", color="none", markeredgecolor=INK, markeredgewidth=1.4, markersize=11
                 )
+        xs = [x for points in lines.values() for x, _ in points]
+        if level:
+            axes.axhline(level[1], color=INK, linewidth=1, linestyle=(0, (3, 3)), label=level[0])
         if log_x:
-            _log_scale(axes, [x for points in lines.values() for x, _ in points])
+            _log_scale(axes, xs)
+        elif all(float(x).is_integer() for x in xs):
+            axes.xaxis.get_major_locator().set_params(integer=True)  # half an epoch is not a thing
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        if len(lines) > 1:
+        if len(lines) > 1 or level:
             axes.legend(frameon=False, fontsize=9, ncols=1 if len(lines) <= 4 else 2)
 
     return _svg(draw, f"{y_label} over {x_label}")

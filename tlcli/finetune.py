@@ -1,8 +1,10 @@
-"""Data to run: features once, then the head, then a run directory.
+"""Data to run: features once, then the head or the network, then a run directory.
 
-    collect -> plan -> compute_features -> fit_head -> RunWriter
+    collect -> plan -> compute features -> fit the head (heads.py)  -> RunWriter
+                                        or tune the network (tuning.py)
 
-Scenario 1, feature extraction: the whole backbone is frozen and a head is trained on its features.
+Scenario feature-extraction freezes the whole backbone and trains a head on its features; freeze, full and
+scratch train units of the backbone too.
 """
 
 import dataclasses
@@ -12,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tlcli import metrics, paths
+from tlcli import metrics, paths, processes, tuning
 from tlcli.backbones.zoo import load_backbone
+from tlcli.checkpoints import Checkpoints
 from tlcli.config import FinetuneConfig, to_options
 from tlcli.data.collection import Collection, collect
 from tlcli.errors import UsageError
@@ -28,12 +29,11 @@ from tlcli.extract import (
     plan_features,
     read_rows,
 )
-from tlcli.features import Features
+from tlcli.features import Extractor, Features
 from tlcli.heads import FittedHead, fit_head
 from tlcli.progress import Progress
-from tlcli.runs import RunWriter, check_output, default_run_dir, model_card
-
-SCENARIO = "feature-extraction"
+from tlcli.runs import RunWriter, check_output, default_run_dir, model_card, run_to_continue
+from tlcli.tuning import Tuned, TuningPlan, groups_of, labels_of
 
 
 @dataclass(frozen=True)
@@ -42,29 +42,56 @@ class FinetunePlan:
 
     Attributes:
         config: With paths made absolute.
-        features: What computing the features takes.
+        collection: The images of train and val.
+        extractor: The prefix, or the whole backbone where nothing is frozen.
+        features: What computing the features takes; None where images are trained on directly.
+        tuning: How the backbone's units are trained; None in scenario feature-extraction.
         run_dir: The run directory to write.
         started: time.perf_counter() when planning began.
     """
 
     config: FinetuneConfig
-    features: FeaturePlan
+    collection: Collection
+    extractor: Extractor
+    features: FeaturePlan | None
+    tuning: TuningPlan | None
     run_dir: Path
     started: float
 
+    @property
+    def scenario(self) -> str:
+        """Return the scenario."""
+        return self.config.resolved_scenario()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return what people should know beforehand."""
+        return self.tuning.notes if self.tuning else ()
+
     def facts(self) -> dict[str, str]:
         """Return the plan for people."""
-        hidden = self.config.hidden_sizes()
-        head = f"mlp {' x '.join(map(str, hidden))}" if hidden else "linear, 48 in one job"
-        return {
-            **self.features.facts(),
-            "heads": f"{head}, chosen by {self.config.folds}-fold cross-validation inside train",
-            "run": str(self.run_dir),
-        }
+        facts = {"scenario": self.scenario}
+        if self.features is not None:
+            facts |= self.features.facts()
+        else:
+            counts = ", ".join(f"{n:,} {name}" for name, n in self.collection.num_images().items() if n)
+            facts["images"] = f"{counts} in {len(self.collection.dataset.class_names)} classes"
+            facts["backbone"] = self.extractor.backbone.name
+            facts["computes on"] = f"{self.extractor.device} ({self.extractor.device_choice.reason})"
+        if self.tuning is not None:
+            facts |= self.tuning.facts()
+        else:
+            hidden = self.config.hidden_sizes()
+            head = f"mlp {' x '.join(map(str, hidden))}" if hidden else "linear, 48 in one job"
+            facts["heads"] = f"{head}, chosen by {self.config.folds}-fold cross-validation inside train"
+        return {**facts, "run": str(self.run_dir)}
 
     def document(self) -> dict[str, Any]:
         """Return the plan for machines."""
-        return {"scenario": SCENARIO, "run_path": str(self.run_dir), **self.features.document()}
+        features = self.features.document() if self.features else {}
+        tuned = self.tuning.document() if self.tuning else {}
+        return {"scenario": self.scenario, "run_path": str(self.run_dir),
+                "num_images": self.collection.num_images(), **features, **tuned}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,19 +121,26 @@ def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
         StorageError: The features would not fit.
     """
     started = time.perf_counter()
-    _check_scenario(config)
+    scenario = config.resolved_scenario()
     check_output(config)
     workers = config.workers or paths.default_workers()
     collection = _without_test(collect(config, workers, progress))
     config = _absolute(config)
-    extractor = make_extractor(load_backbone(config), config)
-    plan = plan_features(collection, extractor, cache=config.cache, workers=workers, max_bad=config.max_bad)
-    run_dir = (
-        Path(config.output)
-        if config.output
-        else default_run_dir(str(config.data), str(config.backbone), SCENARIO)
-    )
-    return FinetunePlan(config, plan, run_dir, started)
+    plan = None
+    if scenario == "feature-extraction":
+        extractor = make_extractor(load_backbone(config), dataclasses.replace(config, freeze="all"))
+        features: FeaturePlan | None = plan_features(
+            collection, extractor, cache=config.cache, workers=workers, max_bad=config.max_bad
+        )
+    else:
+        plan = tuning.plan_tuning(config, collection, run_to_continue(config))
+        extractor, features = plan.extractor, plan.features
+    if config.output:
+        run_dir = Path(config.output)
+    else:
+        run_dir = default_run_dir(str(config.data), str(config.backbone), scenario)
+    run_dir = processes.from_main(run_dir)  # what is there already must be looked at before it is written
+    return FinetunePlan(config, collection, extractor, features, plan, run_dir, started)
 
 
 def _absolute(config: FinetuneConfig) -> FinetuneConfig:
@@ -119,99 +153,105 @@ def _absolute(config: FinetuneConfig) -> FinetuneConfig:
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
-def _check_scenario(config: FinetuneConfig) -> None:
-    """Refuse what this version cannot train, and contradictions."""
-    freeze = "all" if config.freeze is None else config.freeze.strip().lower()
-    if freeze != "all":
-        other = (
-            "contradicts --scenario feature-extraction" if config.scenario else "trains part of the backbone"
-        )
-        raise UsageError(
-            f"--freeze {config.freeze} {other}; this version trains heads on a frozen backbone.",
-            hint="Leave --freeze out, or use --freeze all. `tlcli extract --freeze K` caches unit K's rows.",
-        )
-
-
 def _without_test(collection: Collection) -> Collection:
     """Return train and val: test images are not touched before `evaluate --split test`."""
     return collection.select([i for i, split in enumerate(collection.splits) if split != "test"])
 
 
 def finetune(plan: FinetunePlan, progress: Progress) -> Result:
-    """Train the heads of a plan and write the run.
+    """Train what a plan says and write the run.
 
     Raises:
         DataError: Too many images cannot be used, or a class lost all of its images.
         StorageError: The cache or the run directory cannot be written.
+        Interrupted: A signal came while the backbone was trained; its state is saved.
     """
-    config, extractor = plan.config, plan.features.store.extractor
-    with RunWriter(plan.run_dir, config, _facts(plan)) as writer:
-        features = compute_features(plan.features, progress, bad_images_path=plan.run_dir / "bad_images.csv")
-        collection = usable(plan.features.collection, features)
+    config = plan.config
+    with RunWriter(
+        plan.run_dir, config, _facts(plan), resume=config.resume, write=processes.is_main()
+    ) as writer:
+        features = _features(plan, progress)
+        collection = usable(plan.collection, features)
         trained_on = ("train", "val") if config.refit else ("train",)
         train = collection.select([i for i, split in enumerate(collection.splits) if split in trained_on])
-        fitted = _fit(plan, train, progress)
         val = collection.select([i for i, split in enumerate(collection.splits) if split not in trained_on])
+        started = time.perf_counter()
+        if plan.tuning is not None:
+            tuned = tuning.tune(plan.tuning, config, train, val, writer, progress)
+            head, facts = tuned.head, _tuned_facts(plan, tuned)
+            logits = None if tuned.logits is None else tuned.logits.numpy()
+        else:
+            fitted = _fit(plan, train, progress)
+            head, facts = fitted.head, _fitted_facts(config, fitted, train)
+            logits = logits_of(_planned(plan), val, fitted.head) if val.samples else None
+            writer.write_lines("metrics.jsonl", _lines(fitted))
+        part = "head" if plan.tuning is None else "training"
+        seconds = {"features": features.seconds, part: time.perf_counter() - started}
         evaluation = None
-        if val.samples:
+        if logits is not None:
             names = collection.dataset.class_names
-            logits = logits_of(plan.features, val, fitted.head)
             evaluation = measure(
                 logits, val, names, split="val", majority_class=_majority_class(train), worst=STORED_MISTAKES
             )
-            write_evaluation(plan.run_dir, "val", evaluation)
-        stored = writer.save_model(extractor.backbone, fitted.head, collection.dataset.class_names)
-        writer.write_lines("metrics.jsonl", _lines(fitted))
-        found = _metrics(fitted, evaluation, train)
-        seconds = {
-            "features": round(features.seconds, 3),
-            "head": round(fitted.seconds, 3),
-            "total": round(time.perf_counter() - plan.started, 3),
-        }
-        facts = {
+            facts["metrics"] = {"val": headline(evaluation.document)}
+            if processes.is_main():
+                write_evaluation(plan.run_dir, "val", evaluation)
+        stored = writer.save_model(plan.extractor.backbone, head, collection.dataset.class_names)
+        seconds["total"] = time.perf_counter() - plan.started
+        facts["head"]["stored"] = stored
+        facts |= {
             "data": {**_data_facts(plan, train), "bad": len(features.bad_images)},
-            "head": {**_head_facts(config, fitted), "stored": stored},
             "trained_on": list(trained_on),
-            "metrics": found,
-            "seconds": seconds,
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
         }
         writer.write_text("README.md", model_card({**writer.facts, **facts}))
         writer.finish(facts)
-    document = {
+    if processes.is_main():
+        Checkpoints(plan.run_dir).clear()
+    return Result(plan.run_dir, _document(plan, {**_facts(plan), **facts}, features), evaluation, features)
+
+
+def _document(plan: FinetunePlan, facts: dict[str, Any], features: Features) -> dict[str, Any]:
+    """Return the result for --json."""
+    names = ("metrics", "head", "recipe", "training", "seconds")
+    return {
         "run_path": str(plan.run_dir),
-        "scenario": SCENARIO,
-        "metrics": found,
-        "head": facts["head"],
+        "scenario": plan.scenario,
+        **{name: facts[name] for name in names if name in facts},
         "features": features_document(features),
-        "num_images": plan.features.collection.num_images(),
-        "class_names": list(plan.features.collection.dataset.class_names),
-        "seconds": seconds,
+        "num_images": plan.collection.num_images(),
+        "class_names": list(plan.collection.dataset.class_names),
     }
-    return Result(plan.run_dir, document, evaluation, features)
+
+
+def _features(plan: FinetunePlan, progress: Progress) -> Features:
+    """Compute the rows of a plan; where there are none, look for images that cannot be used."""
+    bad_images_path = plan.run_dir / "bad_images.csv"
+    if plan.features is not None:
+        return compute_features(plan.features, progress, bad_images_path=bad_images_path)
+    return tuning.check_images(plan.collection, plan.config, progress, bad_images_path)
+
+
+def _planned(plan: FinetunePlan) -> FeaturePlan:
+    if plan.features is None:
+        raise UsageError("There are no features to train a head on.")
+    return plan.features
 
 
 def _fit(plan: FinetunePlan, train: Collection, progress: Progress) -> FittedHead:
-    keys = [found.sha256 or "" for found in train.fingerprints]
-    rows = read_rows(plan.features, train)
-    labels = torch.tensor([sample.label for sample in train.samples])
     # Copies of an image, and images of one group, must not be divided by a fold.
-    numbers: dict[str, int] = {}
-    groups = [
-        numbers.setdefault(f"group {sample.group}" if sample.group else key, len(numbers))
-        for sample, key in zip(train.samples, keys, strict=True)
-    ]
+    rows = read_rows(_planned(plan), train)
     return fit_head(
-        rows.float(), labels, len(train.dataset.class_names), plan.config,
-        groups=torch.tensor(groups), device=plan.features.store.extractor.device, progress=progress,
+        rows.float(), labels_of(train), len(train.dataset.class_names), plan.config,
+        groups=groups_of(train), device=plan.extractor.device, progress=progress,
     )  # fmt: skip
 
 
 def _facts(plan: FinetunePlan) -> dict[str, Any]:
     """Return what is known before training, for run.json."""
-    extractor = plan.features.store.extractor
-    backbone = extractor.backbone
-    return {
-        "scenario": SCENARIO,
+    extractor, backbone = plan.extractor, plan.extractor.backbone
+    facts = {
+        "scenario": plan.scenario,
         "backbone": {
             "name": backbone.name,
             "architecture": backbone.architecture,
@@ -222,17 +262,32 @@ def _facts(plan: FinetunePlan) -> dict[str, Any]:
             "num_frozen_units": extractor.cut.num_frozen_units,
         },
         "preprocess": dataclasses.asdict(backbone.preprocess),
-        "class_names": list(plan.features.collection.dataset.class_names),
-        "data": _data_facts(plan, plan.features.collection),
+        "class_names": list(plan.collection.dataset.class_names),
+        "data": _data_facts(plan, plan.collection),
         "device": {"name": str(extractor.device), "reason": extractor.device_choice.reason},
         "dtype": {"name": extractor.dtype_choice.name, "reason": extractor.dtype_choice.reason},
-        "cache_key": plan.features.store.entry.key if plan.features.store.entry else None,
+        "cache_key": _cache_key(plan),
         "options": to_options(plan.config),
     }
+    if plan.tuning is not None:
+        facts["recipe"] = {
+            **plan.tuning.recipe.document(),
+            "augmentation": plan.tuning.policy.facts(),
+            "num_views": plan.tuning.num_views,
+            "amp": plan.tuning.amp,
+            "caching": None if plan.tuning.caching is None else plan.tuning.caching.document(),
+        }
+        if plan.scenario != "freeze":  # the network is trained and measured as it is, no prefix was prepared
+            facts["dtype"] = {"name": "fp32", "reason": "as it was trained"}
+    return facts
+
+
+def _cache_key(plan: FinetunePlan) -> str | None:
+    return plan.features.store.entry.key if plan.features and plan.features.store.entry else None
 
 
 def _data_facts(plan: FinetunePlan, train: Collection) -> dict[str, Any]:
-    collection = plan.features.collection
+    collection = plan.collection
     return {
         "path": plan.config.data,
         "kind": collection.dataset.kind,
@@ -251,21 +306,35 @@ def _majority_class(train: Collection) -> int:
     return min(range(len(train.dataset.class_names)), key=lambda label: (-counts[label], label))
 
 
-def _head_facts(config: FinetuneConfig, fitted: FittedHead) -> dict[str, Any]:
+def _fitted_facts(config: FinetuneConfig, fitted: FittedHead, train: Collection) -> dict[str, Any]:
+    """Return what a head on frozen features is; metrics are cross-validation's, until val is measured."""
     kind = "mlp" if config.hidden_sizes() else "linear"
-    return {
+    head = {
         "kind": kind,
         "chosen": fitted.chosen,
         "cv": fitted.cv,
         "refit": config.refit,
         "selected_on": "train",
     }
+    return {"head": head, "metrics": _cross_validation(fitted, train)}
 
 
-def _metrics(fitted: FittedHead, evaluation: Evaluation | None, train: Collection) -> dict[str, Any]:
-    """Return the score that counts: val, or after a refit the cross-validation estimate."""
-    if evaluation is not None:
-        return {"val": headline(evaluation.document)}
+def _tuned_facts(plan: FinetunePlan, tuned: Tuned) -> dict[str, Any]:
+    """Return what a trained network is."""
+    assert plan.tuning is not None
+    recipe = plan.tuning.recipe
+    selected_on = "val" if recipe.select_on_val else None
+    training = {**tuned.document(), "selected_on": selected_on}
+    head = {
+        "kind": "mlp" if plan.config.hidden_sizes() else "linear",
+        "chosen": {"lr": tuned.trained.lr, "epochs": len(tuned.trained.history)},
+        "cv": None, "refit": False, "selected_on": selected_on,
+    }  # fmt: skip
+    return {"head": head, "training": training, "metrics": {"val": None}}
+
+
+def _cross_validation(fitted: FittedHead, train: Collection) -> dict[str, Any]:
+    """Return the cross-validation estimate, which counts where val was trained on too or is empty."""
     cv = fitted.cv
     if not cv.get("num_samples"):
         return {"val": None}

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tlcli.config import HeadOptions, grid
 from tlcli.errors import DataError
 from tlcli.folds import assign_folds
-from tlcli.linear import SCALINGS, Basis, LinearHead, make_basis
+from tlcli.linear import Basis, LinearHead, make_basis
 from tlcli.logistic import Problems, side_by_side, solve
 from tlcli.mlp import Grid, MlpHead, TrainingRows, train_mlps
+from tlcli.option_groups import HeadOptions, grid
 from tlcli.progress import Progress, Silent
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ def _task(
         logger.info("the features do not fit on %s: linear heads run on the CPU, MLPs in minibatches", device)
         device = device if options.hidden_sizes() else torch.device("cpu")
         home = torch.device("cpu")
-    smoothing = options.label_smoothing
+    smoothing = options.label_smoothing or 0.0
     one_hot = torch.nn.functional.one_hot(labels.long().cpu(), num_classes).T.float()
     targets = one_hot * (1.0 - smoothing) + smoothing / num_classes
     return Task(
@@ -294,17 +294,18 @@ def _fit_linear(task: Task, options: HeadOptions, progress: Progress) -> FittedH
         basis = make_basis(task.features, "plain")
         chosen = {"scaling": "plain", "l2": value}
         return FittedHead(_solve_one(basis, task, value), chosen, dict(NO_SCORES), [], 0.0)
+    tried = options.tried_scalings()
     l2, num_measured = _affordable(task, l2, fixed=options.l2 != "auto")
-    members = [{"scaling": scaling, "l2": value} for scaling in SCALINGS for value in l2]
+    members = [{"scaling": scaling, "l2": value} for scaling in tried for value in l2]
     progress.start("cross-validating heads", len(members), "heads")
     kept: dict[str, Basis] = {}
     results = []
     num_rows, width = task.features.shape
     at_once = side_by_side(task.features.device, num_rows, min(num_rows, width))
-    for scalings in [SCALINGS] if at_once else [(name,) for name in SCALINGS]:
+    for scalings in [tried] if at_once else [(name,) for name in tried]:
         bases = [make_basis(task.features, name) for name in scalings]
         results.append(_cross_validate(bases, task, l2, num_measured))
-        kept.update({b.scaling: b for b in bases if b.num_bytes * len(SCALINGS) <= KEPT_BYTES})
+        kept.update({b.scaling: b for b in bases if b.num_bytes * len(tried) <= KEPT_BYTES})
         progress.advance(len(l2) * len(scalings))
     progress.finish()
     scores = Scores(
@@ -332,7 +333,7 @@ def _affordable(task: Task, l2: tuple[float, ...], *, fixed: bool) -> tuple[tupl
     whole grid would take too long, every second, then every fourth l2 is tried, then fewer folds.
     """
     num_rows, width = task.features.shape
-    each = 10 * 4.0 * num_rows * min(num_rows, width) * task.num_classes * len(SCALINGS)
+    each = 10 * 4.0 * num_rows * min(num_rows, width) * task.num_classes * 3
     budget = CPU_BUDGET * (1 if task.features.device.type == "cpu" else 100)
     for stride, folds in ((1, task.num_folds), (2, task.num_folds), (4, task.num_folds), (4, 2), (4, 1)):
         few = l2 if fixed else l2[::-stride][::-1]
@@ -402,10 +403,11 @@ def _fit_mlp(task: Task, options: HeadOptions, progress: Progress) -> FittedHead
     The final network trains for the median of the best epochs its folds found.
     """
     l2 = AUTO_L2_MLP if options.l2 == "auto" else grid(options.l2, "--l2", minimum=0.0)
-    rates = grid(options.dropout, "--dropout", minimum=0.0, maximum=0.95)
+    settings = options.mlp_grid()
+    rates = grid(settings.dropout, "--dropout", minimum=0.0, maximum=0.95)
     members = [
         {"lr": lr, "l2": penalty, "dropout": rate}
-        for lr in grid(options.lr, "--lr", minimum=1e-8, maximum=10.0)
+        for lr in grid(settings.lr, "--lr", minimum=1e-8, maximum=10.0)
         for penalty in l2
         for rate in rates
     ]
@@ -414,14 +416,14 @@ def _fit_mlp(task: Task, options: HeadOptions, progress: Progress) -> FittedHead
     if not task.num_folds:
         member = members[len(members) // 2]
         final = train_mlps(
-            rows, _mlp_grid([member], [-2], device), options, epochs=options.epochs, progress=Silent()
+            rows, _mlp_grid([member], [-2], device), options, epochs=settings.epochs, progress=Silent()
         )
-        chosen = {**member, "epochs": options.epochs}
+        chosen = {**member, "epochs": settings.epochs}
         return FittedHead(final.heads[0], chosen, dict(NO_SCORES), [], 0.0)
     progress.start("cross-validating heads", len(members) * task.num_folds, "networks")
     folds = list(range(task.num_folds))
     trained = train_mlps(
-        rows, _mlp_grid(members, folds, device), options, epochs=options.epochs, progress=progress
+        rows, _mlp_grid(members, folds, device), options, epochs=settings.epochs, progress=progress
     )
     progress.finish()
     held = torch.nonzero(task.folds >= 0)[:, 0]

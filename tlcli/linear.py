@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SCALINGS = ("plain", "standardised", "l2-normalised")
 AXES = 64  # directions of large variance known of wide features
 NARROW = 256  # features up to this width are rotated: the decomposition takes milliseconds
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tlcli.config import HeadOptions
+from tlcli.option_groups import HeadOptions
 from tlcli.progress import Progress
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -144,7 +144,7 @@ def train_mlps(
 ) -> Trained:
     """Train the networks of a grid side by side, in as few stacks as memory allows.
 
-    Networks that hold out a fold stop once its log loss has not improved for `options.patience` epochs.
+    Networks that hold out a fold stop once its log loss has not improved for `patience` epochs.
 
     Args:
         rows: What to train on.
@@ -156,7 +156,7 @@ def train_mlps(
     device = rows.labels.device
     sizes = (rows.features.shape[1], *options.hidden_sizes(), len(rows.targets))
     weights = sum(fan_in * fan_out for fan_in, fan_out in itertools.pairwise(sizes))
-    batch = min(options.batch_size, len(rows.labels))
+    batch = min(options.mlp_grid().batch_size, len(rows.labels))
     each = 4 * (8 * weights + 8 * batch * sum(sizes[1:]) + 4 * len(rows.labels))
     budget = 1 << 30
     if device.type == "cuda":
@@ -192,12 +192,13 @@ def initial_weight(
     Args:
         fan_in: Inputs of the layer.
         fan_out: Units of the layer.
-        init: "he" (variance 2 / fan_in, a little less for a leaky ReLU) or "xavier" (2 / (fan_in + fan_out)).
+        init: "he" (variance 2 / fan_in, a little less for a leaky ReLU), "xavier" (2 / (fan_in + fan_out)) or
+            "normal" (1).
         activation: What follows; None for the last layer, whose variance "he" takes as 1 / fan_in.
         key: (seed, layer).
     """
     gain = 1.0 if activation is None else 2.0 / (1 + 0.01**2) if activation == "leaky-relu" else 2.0
-    variance = 2.0 / (fan_in + fan_out) if init == "xavier" else gain / fan_in
+    variance = {"xavier": 2.0 / (fan_in + fan_out), "normal": 1.0}.get(init, gain / fan_in)
     return torch.randn(fan_in, fan_out, generator=_generator(torch.device("cpu"), *key)) * math.sqrt(variance)
 
 
@@ -212,6 +213,7 @@ class _Stack:
         self.rows, self.grid, self.options = rows, grid, options
         self.device = rows.labels.device
         self.activation = ACTIVATIONS[options.activation]
+        self.settings = options.mlp_grid()
         self.centre = rows.features.mean(0)
         deviation = rows.features.std(0, correction=0)
         constant = deviation <= 1e-6 * self.centre.abs()
@@ -263,8 +265,8 @@ class _Stack:
             log_loss[place[better]] = row_loss[better]
             correct[place[better]] = row_correct[better]
             # A network that diverged (NaN) never improves, and leaves like the others.
-            stop = epoch - best_epoch[place] >= self.options.patience
-            stop |= best_loss[place].isinf() & (epoch >= self.options.patience)
+            stop = epoch - best_epoch[place] >= self.settings.patience
+            stop |= best_loss[place].isinf() & (epoch >= self.settings.patience)
             if bool(stop.any()):
                 progress.advance(int(stop.sum()))
                 keep = torch.nonzero(~stop)[:, 0]
@@ -352,7 +354,7 @@ class _Stack:
         noise = _generator(self.device, self.options.seed, epoch, 2)
         total = torch.zeros(len(self.grid), device=self.device)
         weight = torch.zeros_like(total)
-        for index in order.split(self.options.batch_size):  # type: ignore[no-untyped-call]
+        for index in order.split(self.settings.batch_size):  # type: ignore[no-untyped-call]
             mask = (self.rows.folds[index][None] != self.grid.fold[:, None]).float()
             row_weights = mask * self.rows.row_weights[index]
             loss = self._step(self._inputs(index), self.rows.targets[:, index].T, row_weights, mask, noise)

@@ -17,6 +17,8 @@ A flag is set by any value but the empty string, 0, false, no and off.
 import os
 from pathlib import Path
 
+from tlcli import processes
+
 FALSE_WORDS = {"", "0", "false", "no", "off"}
 
 
@@ -44,6 +46,9 @@ def offline() -> bool:
 
 
 def default_workers() -> int:
-    """Return how many threads decode images by default: one per usable core, at most 16."""
+    """Return how many threads decode images by default: one per usable core, at most 16.
+
+    Processes that torchrun starts on one machine share its cores.
+    """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, usable))
+    return max(1, min(16, usable // processes.local_world_size()))

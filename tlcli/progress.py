@@ -16,6 +16,9 @@ class Progress(Protocol):
     def advance(self, amount: int = 1) -> None:
         """Count `amount` units as done."""
 
+    def describe(self, text: str) -> None:
+        """Say how the stage goes, such as the last epoch's loss."""
+
     def finish(self) -> None:
         """End the stage."""
 
@@ -28,6 +31,9 @@ class Silent:
 
     def advance(self, amount: int = 1) -> None:
         """Ignore finished work."""
+
+    def describe(self, text: str) -> None:
+        """Ignore how a stage goes."""
 
     def finish(self) -> None:
         """Ignore the end of a stage."""

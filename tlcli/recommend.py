@@ -19,7 +19,6 @@ WORDS = (
     "fewer than 100 a class; high: your images look like the pretraining data (for ImageNet, everyday "
     "photographs)."
 )
-BUILT = ("feature-extraction",)  # the scenarios `tlcli finetune` has in this version
 
 # The two sources of from-scratch figures differ in schedule, so neither is quoted without the other.
 LONG_SCHEDULE = (
@@ -79,7 +78,7 @@ RULES: dict[tuple[Size, Similarity], Rule] = {
         "freeze",
         "Freeze the first units and train the rest. Early units see edges and textures, which every image "
         "has; late ones know the pretraining classes, which yours are not. Few images cannot train "
-        "everything.",
+        "everything. Without --freeze K the first two thirds of the units are frozen.",
         (FAR_IMAGES, DISTORTION),
     ),
     ("large", "high"): Rule(
@@ -111,8 +110,8 @@ class Recommendation:
         similarity: Its similarity to the pretraining data, as given.
         reason: Why this scenario.
         caveats: What the literature says for and against, each with its source.
-        built: Whether this version of tlcli has the scenario.
-        command: The command to run next; where the scenario is not built, one that works now.
+        built: Whether this version of tlcli has the scenario; it has all four.
+        command: The command to run next.
     """
 
     scenario: str
@@ -141,14 +140,21 @@ def recommend(config: RecommendConfig) -> Recommendation:
             hint=WORDS,
         )
     rule = RULES[config.size, config.similarity]
-    built = rule.scenario in BUILT
-    scenario = rule.scenario if built else BUILT[0]
     return Recommendation(
         scenario=rule.scenario,
         size=config.size,
         similarity=config.similarity,
         reason=rule.reason,
         caveats=rule.caveats,
-        built=built,
-        command=f"tlcli finetune DATA --backbone {shlex.quote(config.backbone)} --scenario {scenario}",
+        built=True,
+        command=f"tlcli finetune DATA --backbone {shlex.quote(config.backbone)} --scenario {rule.scenario}",
+    )
+
+
+def scratch_warning() -> str:
+    """Return what giving up pretraining is expected to cost, to be said before training from scratch."""
+    return (
+        "Training from scratch gives up what pretraining learnt, and usually loses accuracy: "
+        f"{SHORT_SCHEDULE}; {LONG_SCHEDULE}. Compare with --scenario full, which starts from the "
+        "pretrained weights."
     )

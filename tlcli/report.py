@@ -100,7 +100,9 @@ def report(config: ReportConfig) -> Report:
             facts=_facts(facts),
             cross_validation=facts["metrics"].get("cross_validation"),
             trained_on=facts["trained_on"],
-            training=_training_figures(lines, facts["head"]),
+            tuned=_tuned(facts),
+            recipe=_recipe(facts),
+            training=_training_figures(lines, facts),
             ringed=_chosen(facts["head"]) is not None,
             num_heads=sum(line.get("kind") == "head" for line in lines),
             best_heads=_best_heads(lines),
@@ -178,6 +180,8 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Architecture", backbone.get("architecture")),
         ("Licence of the backbone", backbone.get("license") or "not stated; ask its publisher"),
         ("Scenario", run["scenario"]),
+        ("Frozen", _frozen(run)),
+        ("Frozen part", ((run.get("recipe") or {}).get("caching") or {}).get("reason")),
         ("Head", _plain({"kind": head.get("kind"), **(head.get("chosen") or {})})),
         ("Cross-validation in train", _plain(head.get("cv") or {})),
         ("Preprocessing", _plain(run.get("preprocess") or {})),
@@ -301,11 +305,54 @@ def thumbnail(path: str) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+# ---- how the backbone was trained -------------------------------------------------------------------------
+
+
+def _tuned(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what the page says of a run that trained units of the backbone; None for a head alone."""
+    training = run.get("training")
+    if not training:
+        return None
+    best = training.get("best_epoch")
+    return {
+        "probe": (training.get("probe") or {}).get("val_top1_accuracy"),
+        "selected_on": training.get("selected_on"),
+        "best_epoch": best,
+        "epochs": training["epochs"],
+    }
+
+
+def _frozen(run: Mapping[str, Any]) -> str | None:
+    if run["scenario"] == "feature-extraction":
+        return None  # the scenario's name says it
+    count = run["backbone"].get("num_frozen_units")
+    return f"units 1 to {count}" if count else "nothing"
+
+
+def _recipe(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return every value of the training as name and text; [] for a head alone."""
+    recipe = dict(run.get("recipe") or {})
+    recipe.pop("caching", None)  # among the facts
+    augmentation = recipe.pop("augmentation", None) or {}
+    settings = {**recipe, **{name: value for name, value in augmentation.items() if name != "version"}}
+    found = {name: _setting(name, value) for name, value in settings.items()}
+    if "lr" in recipe and recipe["lr"] is None:
+        found["lr"] = f"{_text(run['training']['lr'])} (range test)"
+    return [(name.replace("_", " "), text) for name, text in found.items()]
+
+
+def _setting(name: str, value: Any) -> str:
+    if value is None:
+        return "a new one every epoch" if name == "num_views" else "off"
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else _text(value)
+
+
 # ---- curves of the training -------------------------------------------------------------------------------
 
 
-def _training_figures(lines: Sequence[Mapping[str, Any]], head: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _training_figures(lines: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (title, SVG) of the grid of heads, or of the epochs."""
+    head, tuned = run["head"], _tuned(run) or {}
     heads = [line for line in lines if line.get("kind") == "head" and "l2" in line and "scaling" in line]
     epochs = [line for line in lines if "epoch" in line]
     found = []
@@ -319,11 +366,21 @@ def _training_figures(lines: Sequence[Mapping[str, Any]], head: Mapping[str, Any
                 mark=_chosen(head),
             )
             found.append((f"Heads: cross-validation {title} by l2 and scaling", svg))
-    for word, title in (("accuracy", "accuracy"), ("loss", "loss")):
+    best, probe = tuned.get("best_epoch"), tuned.get("probe")
+    for word, title, chosen in (
+        ("accuracy", "accuracy", "val accuracy"),
+        ("loss", "loss", "val log loss"),
+        ("lr", "learning rate", None),
+    ):
         if drawn := _epoch_lines(epochs, word):
-            found.append(
-                (f"Training: {title} by epoch", figures.curves(drawn, x_label="epoch", y_label=title))
+            svg = figures.curves(
+                drawn,
+                x_label="epoch",
+                y_label=title,
+                mark=(chosen, float(best)) if chosen and best else None,
+                level=("linear probe, val", float(probe)) if word == "accuracy" and probe else None,
             )
+            found.append((f"Training: {title} by epoch", svg))
     return found
 
 

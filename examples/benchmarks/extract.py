@@ -29,12 +29,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from tlcli.backbones.zoo import load_backbone
-from tlcli.config import BackboneOptions, DataOptions
 from tlcli.data.collection import collect
 from tlcli.data.decode import decode, read_bytes
 from tlcli.data.scan import Sample, find_images
 from tlcli.data.split import fingerprint
-from tlcli.features import Extractor, FeatureStore
+from tlcli.feature_store import FeatureStore
+from tlcli.features import Extractor
+from tlcli.option_groups import BackboneOptions, DataOptions
 from tlcli.progress import Silent
 
 

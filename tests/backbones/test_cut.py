@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from tlcli.backbones.cut import cut_at, cut_points
+from tlcli.backbones.cut import cut_at, cut_points, earlier_cuts
 from tlcli.backbones.units import frozen_modules, units
 from tlcli.backbones.zoo import state_sha256
 from tlcli.errors import BackboneError, UsageError
@@ -99,6 +99,11 @@ def build(name, arguments):
     raise AssertionError(name)
 
 
+def same(found, expected):
+    """Equal but for the last bits: torch multiplies by a weight that needs a gradient in another way."""
+    return torch.allclose(found, expected, rtol=1e-6, atol=1e-7)
+
+
 def eager_train(model, frozen, images):
     """The network in train mode with its frozen units in eval mode: what a suffix must reproduce."""
     model.train()
@@ -114,10 +119,13 @@ def check(name, size, arguments, fractions=(0.34, 0.75)):
     count = len(units(model))
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     parameters = {key for key, _ in model.named_parameters()}
-    with torch.no_grad():
-        expected = model.eval()(images)
     for k in sorted({max(1, min(count - 1, round(count * fraction))) for fraction in fractions}):
         eager = copy.deepcopy(model)
+        for unit in units(eager)[:k]:  # torch multiplies by a weight that needs a gradient in another way
+            for key in unit.parameters:
+                eager.get_parameter(key).requires_grad_(False)
+        with torch.no_grad():
+            expected = eager.eval()(images)
         cut = cut_at(copy.deepcopy(model), k, (size, size))
         with torch.no_grad():
             rows = cut.prefix(images)
@@ -235,6 +243,101 @@ def test_cut_points_agree_with_the_cuts():
     for point in points[::5]:
         cut = cut_at(copy.deepcopy(model), point.num_frozen_units, (32, 32))
         assert (cut.node, cut.row_shape) == (point.node, point.row_shape)
+
+
+STEPS = [
+    ("resnet10t", 32, {}),
+    ("mobilenetv3_small_050", 32, {}),
+    ("densenet121", 32, {"block_config": (2, 2, 2, 2)}),
+    ("vit_tiny_patch16_224", 32, {"img_size": 32, "depth": 4}),
+    ("convnext_atto", 32, {"depths": (1, 1, 2, 1)}),
+    ("vgg11_bn", 32, {"mlp_ratio": 0.02}),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "arguments"), STEPS, ids=[row[0] for row in STEPS])
+def test_a_step_from_stored_rows_has_the_gradients_of_the_whole_network(name, size, arguments):
+    """At every unit: the suffix trained from rows, against the eager network with its first units frozen."""
+    model = build(name, arguments)
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        target = torch.randn(model.eval()(images).shape, generator=torch.Generator().manual_seed(2))
+    parts = units(model)
+    for k in range(1, len(parts)):
+        frozen = {parameter for unit in parts[:k] for parameter in unit.parameters}
+        eager = copy.deepcopy(model)
+        for key, parameter in eager.named_parameters():
+            parameter.requires_grad_(key not in frozen)
+        (eager_train(eager, frozen_modules(parts, k), images) * target).sum().backward()
+        expected = {key: p.grad for key, p in eager.named_parameters() if p.grad is not None}
+        cut = cut_at(copy.deepcopy(model), k, (size, size))
+        with torch.no_grad():
+            rows = cut.prefix(images).clone(memory_format=torch.contiguous_format)
+        cut.suffix.train()
+        torch.manual_seed(7)
+        (cut.suffix(rows) * target).sum().backward()
+        found = {key: p.grad for key, p in cut.suffix.named_parameters() if p.grad is not None}
+        assert found.keys() == expected.keys(), k
+        for key, gradient in expected.items():
+            torch.testing.assert_close(
+                found[key], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max())
+            )
+
+
+# ---- cutting earlier -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "k"), [("mobilenetv2_035", 9), ("resnet10t", 3), ("mobilenetv2_035", 1)])
+def test_earlier_cuts_give_the_same_network_and_freeze_the_same(name, k):
+    model = build(name, {})
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model.eval()(images)
+    last = cut_at(copy.deepcopy(model), k, (32, 32))
+    trained = {key for key, p in last.suffix.named_parameters() if p.requires_grad}
+    sizes = [torch.Size(last.row_shape).numel()]
+    for place in earlier_cuts(copy.deepcopy(model), k, (32, 32)):
+        cut = cut_at(copy.deepcopy(model), k, (32, 32), place.node)
+        assert (cut.node, cut.row_shape, cut.num_frozen_units) == (place.node, place.row_shape, k)
+        sizes.append(torch.Size(cut.row_shape).numel())
+        assert {key for key, p in cut.suffix.named_parameters() if p.requires_grad} == trained
+        with torch.no_grad():
+            rows = cut.prefix(images)
+            assert torch.equal(place.prefix(images), rows)
+            assert same(cut.suffix.eval()(rows), expected)
+        frozen = {key: value.clone() for key, value in cut.suffix.state_dict().items() if key not in trained}
+        names = {n for unit in units(model)[:k] for n in (*unit.parameters, *unit.buffers)}
+        cut.suffix.train()
+        (cut.suffix(rows)).square().mean().backward()
+        after = cut.suffix.state_dict()
+        assert all(torch.equal(after[key], value) for key, value in frozen.items() if key in names)
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == len(sizes)
+
+
+def test_where_rows_exceed_the_image_the_image_is_an_earlier_cut():
+    model = build("mobilenetv2_035", {})
+    assert [place.node for place in earlier_cuts(model, 1, (32, 32))] == ["input"]
+    cut = cut_at(model, 1, (32, 32), "input")
+    assert (cut.node, cut.row_shape) == ("input", (3, 32, 32))
+    assert cut.frozen_parameters == units(model)[0].parameters
+
+
+def test_a_network_may_be_cut_again_elsewhere():
+    model = build("resnet10t", {})
+    images = torch.randn(2, 3, 32, 32)
+    first = cut_at(model, 4, (32, 32))
+    with torch.no_grad():
+        expected = first.suffix(first.prefix(images))
+    again = cut_at(model, 4, (32, 32), "input")
+    with torch.no_grad():
+        assert same(again.suffix(images), expected)
+
+
+def test_a_place_that_is_no_cut_is_refused():
+    for node in ("nowhere", "global_pool.flatten"):  # the latter lies behind what is trained
+        with pytest.raises(BackboneError, match=f"at {node}"):
+            cut_at(build("resnet10t", {}), 3, (32, 32), node)
 
 
 class Untraceable(torch.nn.Module):

@@ -160,6 +160,13 @@ def test_the_probe_images_are_always_the_same_and_normalised():
     assert 0.5 < float(first.std()) < 1.5
 
 
+def test_a_prefix_of_few_layers_stays_in_fp32_and_says_so():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    fast = inference.prepare(model, (16, 16), torch.bfloat16, CPU)
+    assert fast.facts["dtype"] == "fp32"
+    assert "only 2 layers" in fast.reason
+
+
 def test_nan_rows_count_as_far_apart():
     rows = torch.full((4, 8), float("nan"))
     assert inference.median_cosine(rows, torch.ones(4, 8)) == 0.0

@@ -12,7 +12,7 @@ NETWORKS = [
     "resnet18", "mobilenetv2_035", "convnext_atto", "densenet121", "efficientnet_lite0", "hrnet_w18_small",
     "vit_tiny_patch16_224", "eva02_tiny_patch14_224", "poolformer_s12", "pit_ti_224", "inception_v3",
     "torchvision/resnet18", "torchvision/mobilenet_v3_small", "torchvision/swin_t", "torchvision/densenet121",
-    "torchvision/squeezenet1_1", "torchvision/efficientnet_b0",
+    "torchvision/squeezenet1_1", "torchvision/efficientnet_b0", "torchvision/googlenet",
 ]  # fmt: skip
 
 
@@ -44,6 +44,12 @@ def test_everything_belongs_to_exactly_one_unit(name):
 
 def test_timm_and_torchvision_count_the_same_steps():
     assert len(units(build("resnet18"))) == len(units(build("torchvision/resnet18"))) == 9
+
+
+def test_the_branches_of_a_block_are_one_unit():
+    names = [unit.name for unit in units(build("torchvision/googlenet"))]
+    assert names[:5] == ["conv1", "conv2", "conv3", "inception3a", "inception3b"]
+    assert len(names) == 12
 
 
 @pytest.mark.parametrize(

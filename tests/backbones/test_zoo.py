@@ -17,11 +17,12 @@ from tlcli.backbones.zoo import (
     build_classifier,
     classifier_name,
     load_backbone,
+    load_stored,
     state_sha256,
     timm_config,
 )
-from tlcli.config import BackboneOptions
 from tlcli.errors import BackboneError, UsageError
+from tlcli.option_groups import BackboneOptions
 
 SMALL = "mobilenetv3_small_050"
 TAGGED = "mobilenetv3_small_050.lamb_in1k"
@@ -213,6 +214,10 @@ def test_a_folder_whose_weights_are_another_networks(tmp_path):
         ("torchvision/resnet19", "resnet18"),
         ("torchvision/fasterrcnn_resnet50_fpn", "classifies"),
         ("timm/resnet18", "bare name"),
+        ("googlenet", "torchvision/googlenet"),
+        ("AlexNet", "torchvision/alexnet"),
+        ("lenet5", "classic/lenet5"),
+        ("classic/lenet6", "classic/lenet5"),
         ("", "bundled"),
         (None, "bundled"),
     ],
@@ -221,6 +226,82 @@ def test_an_unknown_name_is_a_usage_error_with_close_matches(name, words):
     with pytest.raises(UsageError) as caught:
         load(name)
     assert words in caught.value.hint
+
+
+def test_arguments_of_timm_networks_reach_them_and_the_run(tmp_path):
+    backbone = load(
+        "resnet18", random_init=True, model_kwargs="layers=[1,1,1,1],channels=[8,8,16,16],act_layer=elu"
+    )
+    assert backbone.arguments == {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "act_layer": "elu"}
+    assert backbone.num_features == 16
+    assert isinstance(backbone.model.act1, torch.nn.ELU)
+    (tmp_path / "config.json").write_text(json.dumps(timm_config(backbone, 0, [])))
+    save_file(backbone.model.state_dict(), tmp_path / "model.safetensors")
+    again = load(f"local-dir:{tmp_path}")
+    assert again.arguments == backbone.arguments
+    assert state_sha256(again.model) == state_sha256(backbone.model)
+    changed = load(f"local-dir:{tmp_path}", model_kwargs="act_layer=relu")
+    assert changed.arguments["act_layer"] == "relu"
+    with pytest.raises(BackboneError, match="another shape"):
+        load(f"local-dir:{tmp_path}", model_kwargs="channels=[8,8,16,24]")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("resnet10t", "act_layr=elu", "Did you mean act_layer"),
+        (SMALL, "no_such_thing=1", "act_layer"),
+        ("resnet10t", "layers=3", "timm"),
+        ("resnet10t", "act_layer=nonsense", "timm"),
+        ("bundled", "act_layer=nonsense", "timm"),
+        ("torchvision/resnet18", "width_per_group=32", "timm"),
+    ],
+)
+def test_wrong_arguments_are_usage_errors(name, text, words):
+    with pytest.raises(UsageError) as caught:
+        load(name, random_init=name != "bundled", model_kwargs=text)
+    assert words in caught.value.hint
+
+
+def rates(backbone):
+    kinds = {"DropPath": "drop_prob", "StochasticDepth": "p"}
+    found = [module for module in backbone.model.modules() if type(module).__name__ in kinds]
+    return [getattr(module, kinds[type(module).__name__]) for module in found]
+
+
+@pytest.mark.parametrize("name", ["resnet18", SMALL, "torchvision/efficientnet_b0"])
+def test_drop_path_changes_training_alone(name):
+    options = BackboneOptions(backbone=name, random_init=True, image_size=32)
+    plain, dropping = load_backbone(options), load_backbone(options, drop_path=0.2)
+    assert not any(rates(plain))
+    assert max(rates(dropping)) == pytest.approx(0.2, rel=0.2)
+    assert sorted(rates(dropping)) == rates(dropping)
+    assert dropping.arguments == plain.arguments
+    assert state_sha256(dropping.model) == state_sha256(plain.model)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(dropping.model(images), plain.model(images))
+
+
+@pytest.mark.parametrize("name", ["vgg11", "densenet121", "torchvision/resnet18", "classic/lenet5"])
+def test_networks_without_drop_path_are_named(name):
+    with pytest.raises(UsageError, match=f"{name} has no drop-path"):
+        load_backbone(BackboneOptions(backbone=name, random_init=True, image_size=32), drop_path=0.1)
+
+
+def test_an_architecture_s_own_drop_path_is_off_unless_asked_for():
+    own = load("tiny_vit_11m_224", random_init=True)
+    assert rates(own)
+    assert not any(rates(own))
+
+
+@pytest.mark.slow
+def test_a_stored_torchvision_network_keeps_its_image_size(tmp_path):
+    """A vision transformer's position embeddings must not be resized to the default size."""
+    backbone = load("torchvision/vit_b_32", random_init=True, image_size=64)
+    save_file(backbone.model.state_dict(), tmp_path / "model.safetensors")
+    again = load_stored(backbone.architecture, backbone.arguments, str(tmp_path / "model.safetensors"))
+    assert state_sha256(again.model) == state_sha256(backbone.model)
 
 
 def test_contradictions_are_usage_errors(tmp_path):

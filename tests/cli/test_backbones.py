@@ -87,6 +87,28 @@ def test_list_and_show_count_the_same_parameters(run_cli):
     assert listed["num_parameters"] == shown["num_parameters"]
 
 
+def test_classic_networks_are_listed_as_having_no_weights(run_cli):
+    found = document(run_cli("backbones", "list", "classic/*", "--json"))["backbones"]
+    assert [row["name"] for row in found] == [
+        "classic/lenet5", "classic/lenet5-1998", "classic/mlp", "classic/small-cnn", "classic/xception-small",
+    ]  # fmt: skip
+    assert all(row["num_parameters"] and not row["pretrained"] and not row["cached"] for row in found)
+    assert "no weights" in run_cli("backbones", "list", "classic").stdout
+    assert document(run_cli("backbones", "list", "resnet18", "--json"))["backbones"][0]["pretrained"]
+
+
+def test_show_of_a_classic_network_needs_no_weights_and_takes_its_options(run_cli):
+    shown = document(
+        run_cli("backbones", "show", "classic/small-cnn", "--model-kwargs", "depth=2,norm=every", "--json")
+    )
+    assert (shown["source"], shown["pretrained"]) == ("classic", False)
+    assert [unit["name"] for unit in shown["units"]] == ["conv1", "conv2"]
+    assert shown["arguments"]["norm"] == "every"
+    text = run_cli("backbones", "show", "classic/lenet5", "--model-kwargs", "norm=first")
+    assert "norm first" in text.stdout
+    assert "--model-kwargs norm=first --scenario scratch" in text.stderr
+
+
 def test_nothing_found_is_an_empty_list(run_cli):
     result = run_cli("backbones", "list", "no-such-thing", "--json")
     assert document(result)["backbones"] == []
@@ -126,6 +148,10 @@ def test_show_needs_no_weights(run_cli):
         (["resnet18"], 4, "--random-init"),
         (["local-dir:/nowhere"], 4, "no such folder"),
         (["mobilenetv3_small_050", "--weights", "absent.pth"], 4, "absent.pth"),
+        (["classic/lenet5", "--model-kwargs", "nrm=every"], 2, "Did you mean norm"),
+        (["classic/lenet5", "--model-kwargs", "norm=all"], 2, "none, first, every"),
+        (["classic/lenet5", "--image-size", "12"], 4, "--image-size 16"),
+        (["torchvision/resnet18", "--model-kwargs", "a=1"], 2, "timm"),
     ],
 )
 def test_errors_leave_stdout_empty(run_cli, arguments, code, words):

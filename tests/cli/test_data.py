@@ -1,4 +1,4 @@
-"""`tlcli data check` and `tlcli data split`, as a user and as a script see them."""
+"""`tlcli data check`, `split` and `preview`, as a user and as a script see them."""
 
 import json
 import shutil
@@ -119,6 +119,50 @@ def test_split_stops_on_too_many_unreadable_files(tmp_path: Path, make_images: I
     assert "1 of these files cannot be read" in done.stderr
 
 
+def test_preview_writes_a_picture_and_says_what_it_shows(
+    tmp_path: Path, make_images: Images, run_cli: Run
+) -> None:
+    root = make_images(tmp_path / "data", {"ants": 8, "[red]bees": 8})
+    (root / "ants" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    output = tmp_path / "p.png"
+    options = ("--images", 20, "--samples", 2, "--image-size", 16, "-o", output)
+    done = run_cli("data", "preview", root, *options, "--augment", "medium", "--mirror", 0)
+    assert done.code == 0
+    assert str(output) in done.stdout
+    assert "rotation to 10 degrees" in done.stdout
+    assert "mirror" not in done.stdout
+    assert "--augment medium --mirror 0" in done.stderr
+    assert output.read_bytes().startswith(b"\x89PNG")
+    refused = run_cli("data", "preview", root, *options)
+    assert (refused.code, refused.stdout) == (2, "")
+    assert "--overwrite" in refused.stderr
+    document = json.loads(run_cli("data", "preview", root, *options, "--overwrite", "--json").stdout)
+    assert document["schema"] == "tlcli.data.preview/1"
+    assert document["augment"]["preset"] == "light"
+    assert document["output"] == str(output)
+    assert document["num_views"] == 3
+    assert {item["label"] for item in document["images"]} == {"ants", "[red]bees"}
+    broken = [item["name"] for item in document["bad_images"]]
+    assert broken in ([], ["ants/broken.jpg"])  # the hash may have sent it to val
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        ((), 2, "DATA is missing"),
+        (("nowhere",), 3, "There is no 'nowhere'"),
+        (("nowhere", "-o", "p.gif"), 2, "no PNG"),
+        (("nowhere", "-o", "missing/p.png"), 5, "no folder"),
+        (("nowhere", "--augment", "heavy"), 2, "heavy"),
+        (("nowhere", "--mirror", 2), 2, "mirror"),
+    ],
+)
+def test_wrong_use_of_preview(run_cli: Run, arguments: tuple[Any, ...], code: int, expected: str) -> None:
+    done = run_cli("data", "preview", *arguments)
+    assert (done.code, done.stdout) == (code, "")
+    assert expected in done.stderr
+
+
 @pytest.mark.real
 def test_real_data(real_assets: Path, run_cli: Run) -> None:
     done = run_cli("data", "check", real_assets / "hymenoptera")
@@ -126,3 +170,7 @@ def test_real_data(real_assets: Path, run_cli: Run) -> None:
     assert "imageNotFound.gif" in done.stdout
     assert run_cli("data", "check", real_assets / "flowers").code == 3
     assert run_cli("data", "split", real_assets / "neu_surface_defects" / "labels.csv").code == 0
+    done = run_cli("data", "preview", real_assets / "hymenoptera", "--images", 250, "--samples", 1)
+    assert done.code == 2
+    done = run_cli("data", "preview", real_assets / "hymenoptera", "--images", 12, "--augment", "strong")
+    assert done.code == 0

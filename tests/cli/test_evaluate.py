@@ -23,6 +23,13 @@ def test_tables_for_people(run_cli, run):
     assert "reused 0, computed" in result.stderr
 
 
+def test_a_tuned_network_is_not_called_frozen(run_cli, make_tuned):
+    result = run_cli("evaluate", make_tuned())
+    assert result.code == 0
+    assert "test_resnet, as trained in scenario freeze" in result.stderr
+    assert "units frozen" not in result.stderr
+
+
 def test_the_document(run_cli, trained, run):
     document = json.loads(run_cli("evaluate", run, "--json").stdout)
     assert document["schema"] == "tlcli.evaluate/1"

@@ -40,6 +40,36 @@ def test_the_next_command_finds_the_rows(run_cli, folder):
     assert found["features"]["rows_computed"] == 0
 
 
+def test_views_are_planned_filled_and_found_by_the_next_command(run_cli, folder):
+    options = (*TINY, "--freeze", "2", "--views", "3", "--augment", "light", "--view-seed", "5")
+    result = run_cli("extract", folder, *options)
+    assert result.code == 0, result.stderr
+    assert "3 of each training image" in result.stderr
+    (hint,) = (line for line in result.stderr.splitlines() if line.startswith("next: "))
+    for part in ("--freeze 2", "--views 3", "--augment light", "--view-seed 5"):
+        assert part in hint
+    document = json.loads(run_cli("extract", folder, *options, "--json").stdout)
+    assert document["features"]["rows_computed"] == 0
+    train = document["num_images"]["train"]
+    assert document["features"]["rows_reused"] == 24 + 2 * train
+    assert run_cli("extract", folder, *options, "--cache", "verify").code == 0
+    other = json.loads(run_cli("extract", folder, *options, "--view-seed", "6", "--json").stdout)
+    assert other["features"]["rows_computed"] == 2 * train
+
+
+def test_views_without_augmentation_are_a_contradiction(run_cli, folder):
+    result = run_cli("extract", folder, *TINY, "--views", "3", "--augment", "none")
+    assert (result.code, result.stdout) == (2, "")
+    assert "--augment" in result.stderr
+
+
+def test_only_the_first_process_prints(run_cli, folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    result = run_cli("extract", folder, *TINY, "--dry-run", "--json")
+    assert (result.code, result.stdout, result.stderr) == (0, "", "")
+
+
 def test_the_document(run_cli, folder, tmp_path):
     (folder / "a/000.png").write_bytes(b"no image")
     output = tmp_path / "f.npz"

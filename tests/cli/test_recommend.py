@@ -19,7 +19,7 @@ def test_json_is_one_document_with_its_schema(run_cli) -> None:
         *("schema", "scenario", "reason", "caveats", "command", "built", "size", "similarity"),
     }
     assert document["scenario"] == "freeze"
-    assert document["built"] is False
+    assert document["built"] is True
     assert isinstance(document["caveats"], list)
 
 
@@ -32,11 +32,16 @@ def test_the_text_gives_scenario_reason_caveats_and_command(run_cli) -> None:
     assert "not built" not in result.stdout
 
 
-@pytest.mark.parametrize(("size", "similarity"), [("small", "low"), ("large", "low"), ("large", "high")])
-def test_a_scenario_not_built_yet_is_said_to_be_so(run_cli, size, similarity) -> None:
+@pytest.mark.parametrize(
+    ("size", "similarity", "scenario"),
+    [("small", "low", "freeze"), ("large", "low", "scratch"), ("large", "high", "full")],
+)
+def test_every_scenario_comes_with_its_own_command(run_cli, size, similarity, scenario) -> None:
     result = run_cli("recommend", "--size", size, "--similarity", similarity)
     assert result.code == 0
-    assert "not built in this version" in result.stdout
+    assert result.stdout.startswith(f"{scenario} ")
+    assert result.stdout.rstrip().endswith(f"--scenario {scenario}")
+    assert "not built" not in result.stdout
 
 
 def test_nothing_given_is_a_usage_error_with_an_empty_stdout(run_cli) -> None:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tlcli.config import DataOptions
 from tlcli.data.listing import MAX_LINE_CHARACTERS, Row, read_rows, write_rows
 from tlcli.errors import DataError, StorageError, UsageError
+from tlcli.option_groups import DataOptions
 
 OPTIONS = DataOptions()
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tlcli.config import DataOptions
 from tlcli.data.scan import Dataset, find_images, scan
 from tlcli.errors import DataError, StorageError, UsageError
+from tlcli.option_groups import DataOptions
 
 
 def touch(root: Path, *names: str) -> Path:

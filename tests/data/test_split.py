@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tlcli.config import DataOptions
 from tlcli.data.listing import write_rows
 from tlcli.data.scan import Sample, scan
 from tlcli.data.split import (
@@ -19,6 +18,7 @@ from tlcli.data.split import (
     listing_rows,
     map_threads,
 )
+from tlcli.option_groups import DataOptions
 from tlcli.progress import Silent
 
 Image = tuple[str | None, int, str | None]  # content, class, group

@@ -20,7 +20,7 @@ import timm
 import torch
 from torch import nn
 
-from tlcli.backbones import hub, specs, torchvision_zoo
+from tlcli.backbones import classic, hub, specs, torchvision_zoo
 from tlcli.errors import TlcliError
 
 logger = logging.getLogger(__name__)
@@ -35,11 +35,12 @@ class Entry:
 
     Attributes:
         name: As for --backbone.
-        architecture: timm's name without a tag, or "torchvision/NAME".
+        architecture: timm's name without a tag, "torchvision/NAME" or "classic/NAME".
         num_parameters: Values in the parameters of the headless network; None where not counted.
         image_size: Height and width in pixels.
         license: Licence of the weights where known.
         cached: Whether the weights are on this machine.
+        pretrained: Whether there are weights; without, it is for training from scratch.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Entry:
     image_size: tuple[int, int]
     license: str | None
     cached: bool
+    pretrained: bool = True
 
 
 def entries(
@@ -58,7 +60,7 @@ def entries(
     image_size: int | None = None,
     sort: Sort = "name",
 ) -> list[Entry]:
-    """Return the backbones with pretrained weights that fit all conditions.
+    """Return the backbones that fit all conditions: those with pretrained weights, and the classic ones.
 
     Args:
         pattern: Part of a name, or a glob; case does not matter. None fits all.
@@ -92,6 +94,7 @@ def write_catalog(path: Path = TABLE) -> None:
     """
     names = sorted({name.partition(".")[0] for name in timm.list_models(pretrained=True)})
     names += [torchvision_zoo.PREFIX + name for name in torchvision_zoo.names()]
+    names += [classic.PREFIX + name for name in classic.names()]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["architecture", "num_parameters"])
@@ -132,6 +135,8 @@ def _count(architecture: str, arguments: Mapping[str, Any] | None = None) -> int
 def _build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     if architecture.startswith(torchvision_zoo.PREFIX):
         return torchvision_zoo.headless(architecture.removeprefix(torchvision_zoo.PREFIX), {})
+    if architecture.startswith(classic.PREFIX):
+        return classic.headless(architecture.removeprefix(classic.PREFIX))
     model: nn.Module = timm.create_model(architecture, num_classes=0, **arguments)
     return model
 
@@ -159,6 +164,9 @@ def _all() -> Iterator[Entry]:
         full = torchvision_zoo.PREFIX + name
         here = default.url.rpartition("/")[2] in files
         yield Entry(full, full, counts.get(full), (size, size), default.meta.get("license"), here)
+    for name, network in classic.NETWORKS.items():
+        full, size = classic.PREFIX + name, network.image_size
+        yield Entry(full, full, counts.get(full), (size, size), None, False, pretrained=False)
     for repository in sorted(repositories - registered):
         try:
             spec = specs.timm_spec(f"hf-hub:{repository}", offline=True)

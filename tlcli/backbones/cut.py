@@ -9,6 +9,7 @@ holds both and switches, as torchvision's feature extractor does. Frozen modules
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,21 @@ class CutPoint:
     num_frozen_units: int
     node: str
     row_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EarlierCut:
+    """A place before the cut where fewer numbers cross.
+
+    Attributes:
+        node: As in Cut; what `cut_at` takes.
+        row_shape: As in Cut.
+        prefix: Images [B, 3, H, W] -> rows [B, *row_shape], sharing the network's modules.
+    """
+
+    node: str
+    row_shape: tuple[int, ...]
+    prefix: nn.Module
 
 
 class Frozen(nn.Sequential):
@@ -142,7 +158,9 @@ class Suffix(feature_extraction.DualGraphModule):  # type: ignore[misc]
         return init
 
 
-def cut_at(model: nn.Module, num_frozen_units: int, image_size: tuple[int, int]) -> Cut:
+def cut_at(
+    model: nn.Module, num_frozen_units: int, image_size: tuple[int, int], node: str | None = None
+) -> Cut:
     """Divide a headless backbone after its first units.
 
     Freezes the parameters of these units (`requires_grad`), and leaves the network in eval mode.
@@ -152,10 +170,12 @@ def cut_at(model: nn.Module, num_frozen_units: int, image_size: tuple[int, int])
         num_frozen_units: 0 to the number of units. With all of them the prefix is the model itself, with none
             the suffix is; neither is traced.
         image_size: Height and width of the images, in pixels.
+        node: Cut at this operation instead, one of `earlier_cuts`: the frozen units after it become part of
+            the suffix, where they stay in eval mode and get no gradient. None cuts as late as can be.
 
     Raises:
         UsageError: The network has fewer units.
-        BackboneError: The network cannot be traced or divided exactly.
+        BackboneError: The network cannot be traced or divided exactly, or not at `node`.
     """
     parts = units(model)
     if not 0 <= num_frozen_units <= len(parts):
@@ -165,7 +185,7 @@ def cut_at(model: nn.Module, num_frozen_units: int, image_size: tuple[int, int])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     images = _images(image_size)
-    if num_frozen_units == len(parts):
+    if num_frozen_units == len(parts) and node in {None, "all"}:
         with torch.inference_mode():
             row_shape = tuple(model(images[:1]).shape[1:])
         return Cut(model, nn.Identity(), "all", num_frozen_units, row_shape)
@@ -173,32 +193,35 @@ def cut_at(model: nn.Module, num_frozen_units: int, image_size: tuple[int, int])
         return Cut(Frozen(), model, "input", 0, tuple(images.shape[1:]))
 
     with without_constants(model), torch.no_grad():
-        cut = _traced_cut(model, parts, num_frozen_units, images)
+        cut = _traced_cut(model, parts, num_frozen_units, images, node)
     if cut is None:
+        place = f"at {node}" if node else f"after unit {num_frozen_units}"
         raise BackboneError(
-            f"{type(model).__name__} cannot be divided after unit {num_frozen_units}: no cut is exact.",
+            f"{type(model).__name__} cannot be divided {place}: no cut is exact.",
             hint="Use --freeze all.",
         )
     return cut
 
 
 def _traced_cut(
-    model: nn.Module, parts: list[Unit], num_frozen_units: int, images: torch.Tensor
+    model: nn.Module, parts: list[Unit], num_frozen_units: int, images: torch.Tensor, wanted: str | None
 ) -> Cut | None:
-    """Return the last exact cut at or below a unit, or None."""
+    """Return the last exact cut at or below a unit, of those with the name wanted, or None."""
     modules = frozen_modules(parts, num_frozen_units)
     frozen = {name for unit in parts[:num_frozen_units] for name in unit.parameters}
     plain = trace(model, modules, training=False)
     random = trace(model, modules, training=True)
     expected = model(images)
     for node in reversed(candidates(plain, {name for name, _ in model.named_parameters()} - frozen)):
+        name = "input" if node is plain.image else plain.names[node]
+        if wanted not in {None, name}:
+            continue
         twin = twin_of(node, plain, random)
         if twin is None or (row_shape := _row_shape(model, plain, node, images)) is None:
             continue
         prefix, suffix = _divide(model, plain, random, node, twin, modules)
         if _agrees(prefix, suffix, images, expected):
-            kept = tuple(name for name, _ in suffix.named_parameters() if name in frozen)
-            name = "input" if node is plain.image else plain.names[node]
+            kept = tuple(key for key, _ in suffix.named_parameters() if key in frozen)
             return Cut(prefix, suffix.eval(), name, num_frozen_units, row_shape, kept)
     return None
 
@@ -227,6 +250,39 @@ def cut_points(model: nn.Module, image_size: tuple[int, int]) -> list[CutPoint]:
     return [*result, CutPoint(len(parts), "all", last)]
 
 
+def earlier_cuts(model: nn.Module, num_frozen_units: int, image_size: tuple[int, int]) -> list[EarlierCut]:
+    """Return where rows would be smaller than at the cut, the latest first.
+
+    Only places that are smaller than all later ones: of two of one size the later leaves less to recompute.
+
+    Args:
+        model: As for `cut_at`, which may have been called before.
+        num_frozen_units: 0 to one less than the number of units.
+        image_size: Height and width of the images, in pixels.
+
+    Raises:
+        BackboneError: The network cannot be traced.
+    """
+    parts = units(model)
+    model.eval()
+    trained = {name for unit in parts[num_frozen_units:] for name in unit.parameters}
+    result = []
+    with without_constants(model), torch.no_grad():
+        traced = trace(model, frozen_modules(parts, num_frozen_units), training=False)
+        nodes = candidates(traced, trained)
+        shapes = _Shapes(model, traced.graph, set(nodes)).collect(_images(image_size))
+        smallest: int | None = None
+        for node in reversed(nodes):
+            shape = shapes.get(node)
+            if shape is None or (smallest is not None and math.prod(shape) >= smallest):
+                continue
+            if smallest is not None:
+                name = "input" if node is traced.image else traced.names[node]
+                result.append(EarlierCut(name, shape, _prefix(model, traced, node)))
+            smallest = math.prod(shape)
+    return result
+
+
 # ---- dividing --------------------------------------------------------------------------------------------
 
 
@@ -234,12 +290,7 @@ def _divide(
     model: nn.Module, plain: Traced, random: Traced, node: fx.Node, twin: fx.Node, frozen: frozenset[str]
 ) -> tuple[nn.Module, Suffix]:
     """Return prefix and suffix of a cut; the suffix never writes into the tensor that crosses."""
-    prefix: nn.Module = Frozen()
-    if node is not plain.image:
-        graph = copy_graph(plain, plain.inputs[node], plain.image, node)
-        prefix = Prefix(model, graph, class_name="Prefix")
-        prefix.train(False)
-        forget_constants(prefix)
+    prefix = _prefix(model, plain, node)
     graphs = []
     for traced, start in ((random, twin), (plain, node)):
         end = traced.output.args[0]
@@ -254,6 +305,16 @@ def _divide(
     held = {name for part in (prefix, used) for name, _ in (*part.named_parameters(), *part.named_buffers())}
     unused = [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name not in held]
     return prefix, Suffix(model, graphs[0], graphs[1], frozen, unused) if unused else used
+
+
+def _prefix(model: nn.Module, plain: Traced, node: fx.Node) -> nn.Module:
+    """Return the part of a network from the image to `node`, which may be the image itself."""
+    if node is plain.image:
+        return Frozen()
+    prefix = Prefix(model, copy_graph(plain, plain.inputs[node], plain.image, node), class_name="Prefix")
+    prefix.train(False)
+    forget_constants(prefix)
+    return prefix
 
 
 # ---- checking --------------------------------------------------------------------------------------------

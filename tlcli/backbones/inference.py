@@ -78,6 +78,8 @@ def prepare(
     if dtype == torch.float32:
         return FastPrefix(folded, facts, "fp32")
     order = layers_in_order(folded, images[:1])
+    if len(order) <= FEW_LAYERS:
+        return FastPrefix(folded, facts, f"fp32, because the prefix has only {len(order)} layers")
     cosine = 0.0
     for num_fp32 in (FEW_LAYERS, max(FEW_LAYERS, round(CAREFUL_SHARE * len(order)))):
         reduced = _to_bf16(folded, set(order[num_fp32:]))

@@ -19,7 +19,7 @@ from timm.models import PretrainedCfg
 from tlcli.backbones import hub
 from tlcli.errors import BackboneError, UsageError
 
-Source = Literal["timm", "torchvision", "hf-hub", "local-dir", "bundled"]
+Source = Literal["timm", "torchvision", "classic", "hf-hub", "local-dir", "bundled"]
 
 BUNDLED_DIR = Path(__file__).parent / "bundled"
 LIST_HINT = "`tlcli backbones list PATTERN` shows the names; `bundled` always works, offline too."
@@ -48,7 +48,7 @@ def timm_spec(name: str, *, offline: bool = False) -> TimmSpec:
     """Return what is known of a timm network before its weights are read.
 
     Args:
-        name: As for --backbone, but no torchvision name.
+        name: As for --backbone, but no torchvision or classic name.
         offline: Never ask a hub (as TLCLI_OFFLINE and HF_HUB_OFFLINE do).
 
     Raises:
@@ -154,7 +154,12 @@ def _parse_config(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
 
 
 def _did_you_mean(name: str) -> str:
+    from tlcli.backbones import classic, torchvision_zoo
+
     architecture = name.partition(".")[0]
+    for zoo in (torchvision_zoo, classic):  # such as alexnet, googlenet and lenet5, which timm does not have
+        if architecture.lower() in zoo.names():
+            return f"Did you mean {zoo.PREFIX}{architecture.lower()}? {LIST_HINT}"
     known = timm.list_models()
     near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.7)
     if not near:

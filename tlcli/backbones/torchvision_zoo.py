@@ -2,7 +2,8 @@
 
 The last linear layer gives way to the identity, so that the network returns what that layer was fed: pooled
 features in most families, the second hidden layer in AlexNet and VGG. SqueezeNet ends in a convolution; its
-features are pooled instead. GoogLeNet and Inception are built without auxiliary classifiers.
+features are pooled instead. GoogLeNet and Inception are built without their side branches, which training
+may add again (`tlcli.backbones.classic.side_branches`).
 """
 
 import difflib
@@ -16,8 +17,8 @@ from torch import nn
 from torchvision import models
 
 from tlcli.backbones import hub, weights
-from tlcli.config import Preprocess
 from tlcli.errors import BackboneError, UsageError
+from tlcli.option_groups import Preprocess
 
 PREFIX = "torchvision/"
 INIT_SEED = 0

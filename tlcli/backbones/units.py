@@ -147,7 +147,10 @@ def _steps(module: nn.Module, prefix: str, total: int, depth: int = 0) -> Iterab
 def _opens(module: nn.Module, total: int, depth: int) -> bool:
     """Return whether a unit should rather be each of this module's children."""
     children = [child for child in module.children() if any(True for _ in child.parameters())]
-    if _is_stage(module) or any(_is_stage(child) for child in children):
+    if _is_stage(module):
+        return True
+    inside = children if type(module) is nn.Sequential else [one for one in children if not _is_branch(one)]
+    if any(_is_stage(child) for child in inside):
         return True
     if len(children) < 2:
         return False
@@ -164,6 +167,12 @@ def _is_stage(module: nn.Module) -> bool:
         and len({type(child) for child in children}) == 1
         and not isinstance(children[0], nn.Linear | nn.Conv2d | nn.Sequential)
     )
+
+
+def _is_branch(module: nn.Module) -> bool:
+    """Return whether a module is a row of single convolutions, as the branches of GoogLeNet's blocks are."""
+    kinds = nn.Linear | nn.Conv2d
+    return all(sum(isinstance(part, kinds) for part in child.modules()) == 1 for child in module.children())
 
 
 def _is_norm(module: nn.Module) -> bool:

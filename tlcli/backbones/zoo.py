@@ -1,4 +1,4 @@
-"""Loading a backbone by name: timm, torchvision, the Hugging Face hub, a local folder, the bundled one.
+"""Loading a backbone by name: timm, torchvision, the classics, a hub, a local folder, the bundled one.
 
 The evaluation transform of a timm backbone is its plain one (`input_size`, `crop_pct`), not the larger test
 size some configurations also name: it is the size the network was trained for, and timm's own default.
@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +23,10 @@ import torch
 from torch import nn
 
 from tlcli.backbones import weights
+from tlcli.backbones.model_arguments import OWN_OPTIONS, SETTLED, parse_arguments, unknown_argument
 from tlcli.backbones.specs import LIST_HINT, Source, TimmSpec, timm_spec
-from tlcli.config import BackboneOptions, Interpolation, Preprocess
 from tlcli.errors import BackboneError, UsageError
+from tlcli.option_groups import BackboneOptions, Interpolation, Preprocess
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +42,16 @@ class Backbone:
 
     Attributes:
         name: As the user wrote it.
-        architecture: timm's name without a tag, or "torchvision/NAME".
+        architecture: timm's name without a tag, "torchvision/NAME" or "classic/NAME".
         model: Headless, in eval mode, float32: maps [B, 3, H, W] to pooled features [B, D].
         preprocess: The evaluation transform, with the user's overrides.
         num_features: D.
-        arguments: What `timm.create_model` needs besides `num_classes` to build the same network.
+        arguments: What `timm.create_model` (or `load_stored`) needs besides `num_classes` to build the same
+            network. Drop-path is not among them: it changes training alone.
         license: Licence of the weights where known, such as "apache-2.0".
         source: Where the weights came from.
         pretrained: False with --random-init.
-        pretrained_cfg: timm's configuration of the weights without their location; {} for torchvision.
+        pretrained_cfg: timm's configuration of the weights without their location; {} for other networks.
     """
 
     name: str
@@ -62,12 +65,24 @@ class Backbone:
     pretrained: bool = True
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_timm(self) -> bool:
+        """Return whether timm can build the network, so that its format can describe it."""
+        return self.source not in ("torchvision", "classic")
 
-def load_backbone(options: BackboneOptions) -> Backbone:
+
+def load_backbone(options: BackboneOptions, drop_path: float = 0.0) -> Backbone:
     """Load the backbone that `options` names, headless, in eval mode, with its evaluation transform.
 
+    Args:
+        options: Which one.
+        drop_path: Drop-path rate (stochastic depth, Huang et al. 2016) in [0, 1), rising linearly with depth
+            as the architecture lays it out. It acts in train mode alone. 0 turns off what an architecture
+            has by default.
+
     Raises:
-        UsageError: The name is unknown, or options contradict each other.
+        UsageError: The name or an argument of the network is unknown, options contradict each other, or the
+            network has no drop-path.
         BackboneError: The weights cannot be found, loaded or trusted, or the image size does not suit.
     """
     name = options.backbone
@@ -75,20 +90,45 @@ def load_backbone(options: BackboneOptions) -> Backbone:
         raise UsageError("No backbone is named.", hint="Add --backbone, for example --backbone bundled.")
     if options.random_init and options.weights:
         raise UsageError("--random-init and --weights contradict each other.", hint="Leave one of them out.")
-    if name.startswith("torchvision/"):
-        from tlcli.backbones import torchvision_zoo
-
-        parts = torchvision_zoo.build(
-            name,
-            weights_file=options.weights,
-            random_init=options.random_init,
-            image_size=options.image_size,
-        )
-        backbone = Backbone(name=name, architecture=name, num_features=0, source="torchvision", **parts)
+    given = parse_arguments(options.model_kwargs)
+    if name.startswith(("torchvision/", "classic/")):
+        if name.startswith("torchvision/") and given:
+            raise UsageError(
+                f"{name} takes no --model-kwargs.", hint="Leave it out, or use a network of timm's."
+            )
+        backbone = _build_other(name, given, options.weights, options.random_init, options.image_size)
     else:
-        backbone = _build_timm(name, timm_spec(name, offline=options.random_init), options)
+        spec = timm_spec(name, offline=options.random_init)
+        try:
+            backbone = _build_timm(name, spec, options, given, drop_path)
+        except BackboneError as error:
+            raise _blame(name, spec.architecture, error, given) from error
+    _set_drop_path(backbone, drop_path)
     backbone.pretrained = not options.random_init
     backbone.preprocess = _override(backbone.preprocess, options)
+    backbone.model.eval()
+    backbone.num_features = _check_forward(backbone)
+    return backbone
+
+
+def load_stored(architecture: str, arguments: Mapping[str, Any], weights_file: str) -> Backbone:
+    """Load a torchvision or classic network that a run stored, headless, in eval mode.
+
+    Args:
+        architecture: As `Backbone.architecture`, with the prefix.
+        arguments: As `Backbone.arguments`.
+        weights_file: The run's tensors.
+
+    Raises:
+        UsageError: There is no such architecture or argument.
+        BackboneError: The weights cannot be loaded or do not fit.
+    """
+    given = {key: value for key, value in arguments.items() if key != "image_size"}
+    side = arguments.get("image_size")
+    backbone = _build_other(architecture, given, weights_file, False, side)
+    if side:
+        backbone.preprocess = dataclasses.replace(backbone.preprocess, image_size=(side, side))
+    _set_drop_path(backbone, 0.0)
     backbone.model.eval()
     backbone.num_features = _check_forward(backbone)
     return backbone
@@ -143,15 +183,15 @@ def timm_config(
     network with its arguments, and `timm.data.resolve_model_data_config` gives the same preprocessing.
 
     Args:
-        backbone: Of timm; torchvision's cannot be built by timm.
+        backbone: Of timm; it cannot build torchvision's and the classic ones.
         num_classes: Size of the classifier; 0 for a headless network.
         class_names: In order of the classifier's outputs; empty for none.
 
     Raises:
-        BackboneError: The backbone is torchvision's.
+        BackboneError: The backbone is not timm's.
     """
-    if backbone.source == "torchvision":
-        raise BackboneError(f"{backbone.name} is torchvision's; timm's format cannot describe it.")
+    if not backbone.is_timm:
+        raise BackboneError(f"{backbone.name} is not timm's; timm's format cannot describe it.")
     gone = {
         "architecture",
         "label_names",
@@ -203,21 +243,44 @@ def state_sha256(module: nn.Module) -> str:
 # ---- building --------------------------------------------------------------------------------------------
 
 
-def _build_timm(name: str, spec: TimmSpec, options: BackboneOptions) -> Backbone:
+def _build_other(
+    name: str, given: dict[str, Any], weights_file: str | None, random_init: bool, image_size: int | None
+) -> Backbone:
+    """Build a classic network, or one of torchvision, which takes no arguments."""
+    if name.startswith("classic/"):
+        from tlcli.backbones import classic
+
+        parts = classic.build(
+            name, given, weights_file=weights_file, random_init=random_init, image_size=image_size
+        )
+        return Backbone(name=name, architecture=name, num_features=0, source="classic", **parts)
+    from tlcli.backbones import torchvision_zoo
+
+    parts = torchvision_zoo.build(
+        name, weights_file=weights_file, random_init=random_init, image_size=image_size
+    )
+    return Backbone(name=name, architecture=name, num_features=0, source="torchvision", **parts)
+
+
+def _build_timm(
+    name: str, spec: TimmSpec, options: BackboneOptions, given: dict[str, Any], drop_path: float
+) -> Backbone:
     cfg = dict(spec.cfg)
     preprocess = preprocess_of(cfg, name)
+    spec = dataclasses.replace(spec, arguments=spec.arguments | given)
     arguments = dict(spec.arguments)
     if cfg.get("fixed_input_size") and not arguments.get("img_size"):
         arguments["img_size"] = list(cfg["input_size"][1:])
     source_arguments = dict(arguments)
     if options.image_size and (cfg.get("fixed_input_size") or arguments.get("img_size")):
         arguments["img_size"] = [options.image_size, options.image_size]
+    rates = {"drop_path_rate": drop_path} if drop_path else {}
     if options.random_init or options.weights:
-        model = _create(name, spec.architecture, num_classes=0, pretrained_cfg=cfg, **arguments)
+        model = _create(name, spec.architecture, num_classes=0, pretrained_cfg=cfg, **(arguments | rates))
         if options.weights:
             weights.load_weights(model, options.weights, name, _converter(model))
     else:
-        model = _pretrained(name, spec, cfg, arguments, source_arguments)
+        model = _pretrained(name, spec, cfg, arguments | rates, source_arguments | rates)
     gone = ("state_dict", "file", "url", "source", "hf_hub_id", "hf_hub_filename")
     kept = {key: value for key, value in spec.cfg.items() if key not in gone}
     return Backbone(
@@ -271,7 +334,10 @@ def _pretrained(
         if path.suffix != ".npz":
             headless = _create(name, spec.architecture, num_classes=0, pretrained_cfg=cfg, **spec.arguments)
             weights.check_match(weights.match(state, headless), path, name)
-        raise BackboneError(f"Weights {str(path)!r} do not fit {name}: {error}") from error
+        raise BackboneError(
+            f"Weights {str(path)!r} do not fit {name}: {error}",
+            hint="They want the arguments they were trained with; is one of --model-kwargs another?",
+        ) from error
     model.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr, operator]
     if getattr(model, "num_classes", 0):
         model.reset_classifier(0)  # type: ignore[operator]
@@ -305,6 +371,46 @@ def _refused(name: str, error: Exception, arguments: Mapping[str, Any]) -> Backb
     )
     at = f" for images of {size[0]} pixels" if size else ""
     return BackboneError(f"{name} cannot be built{at}: {_first_line(error)}", hint=hint)
+
+
+def _blame(name: str, architecture: str, error: BackboneError, given: Mapping[str, Any]) -> Exception:
+    """Return what to raise where a timm network was not built: a UsageError where an option is to blame."""
+    cause = error.__cause__
+    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(cause))
+    if found and found[2] == "drop_path_rate":
+        return _no_drop_path(name)
+    if found and found[2] in given:
+        module = sys.modules[timm.model_entrypoint(architecture).__module__]
+        kind = getattr(module, found[1], None)
+        known = set(inspect.signature(kind).parameters) if kind else set()
+        return unknown_argument(name, found[2], known - {"kwargs", "args"} - SETTLED - OWN_OPTIONS.keys())
+    if given and isinstance(cause, RuntimeError | KeyError | TypeError | ValueError | AttributeError):
+        return UsageError(
+            f"{name} cannot be built with --model-kwargs "
+            f"{','.join(f'{key}={value}' for key, value in given.items())}: {_first_line(cause)}",
+            hint="The arguments are those of the network's class in timm; leave out what it does not take.",
+        )
+    return error
+
+
+def _no_drop_path(name: str) -> UsageError:
+    return UsageError(f"{name} has no drop-path.", hint="Leave --drop-path out; --dropout always works.")
+
+
+def _set_drop_path(backbone: Backbone, rate: float) -> None:
+    """Set the rates that no argument sets, so that 0 is none and torchvision's networks follow `rate`."""
+    layers: list[Any] = [
+        module
+        for module in backbone.model.modules()
+        if type(module).__name__ in {"DropPath", "StochasticDepth"}
+    ]
+    if rate and not layers:
+        raise _no_drop_path(backbone.name)
+    for place, layer in enumerate(layers):
+        if type(layer).__name__ == "StochasticDepth":
+            layer.p = rate * place / max(1, len(layers) - 1)
+        elif not rate:
+            layer.drop_prob = 0.0
 
 
 def _converter(model: nn.Module) -> Callable[[weights.StateDict], weights.StateDict] | None:

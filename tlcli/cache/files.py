@@ -73,7 +73,7 @@ def publish(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     A failed fsync is not tried again: the kernel may have dropped the pages and would report success. The
     mode follows the umask.
     """
-    temporary = path.parent / f".tmp-{HOST}-{os.getpid()}-{uuid.uuid4().hex}"
+    temporary = temporary_path(path.parent)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         try:
@@ -88,6 +88,11 @@ def publish(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
             os.unlink(temporary)
         raise
     sync_folder(path.parent)
+
+
+def temporary_path(folder: Path) -> Path:
+    """Return an unused path in a folder that `stale_temporaries` finds once this process is gone."""
+    return folder / f".tmp-{HOST}-{os.getpid()}-{uuid.uuid4().hex}"
 
 
 def _write_all(fd: int, data: memoryview) -> None:

@@ -173,15 +173,23 @@ class Store:
         if self.max_bytes is not None and (used := self.num_bytes()) + num_bytes > self.max_bytes:
             cap = f"{size_text(used)} are used of the cache's cap of {size_text(self.max_bytes)}."
             raise StorageError(f"{need} {cap}", hint=hint)
+        free = self.free_bytes()
+        if num_bytes > free:
+            all_free, kept = size_text(free + self.min_free_bytes), size_text(self.min_free_bytes)
+            raise StorageError(f"{need} {all_free} are free, {kept} of them kept in reserve.", hint=hint)
+
+    def free_bytes(self) -> int:
+        """Return the bytes that may still be written: what is free without the reserve; may be negative.
+
+        Raises:
+            StorageError: It cannot be measured.
+        """
         existing = self.root
         with storage_errors("measure free space for", self.root):
             while not existing.exists():
                 existing = existing.parent
             status = os.statvfs(existing)
-        free = status.f_bavail * status.f_frsize
-        if free - num_bytes < self.min_free_bytes:
-            reserve = f"{size_text(free)} are free, {size_text(self.min_free_bytes)} of them kept in reserve."
-            raise StorageError(f"{need} {reserve}", hint=hint)
+        return status.f_bavail * status.f_frsize - self.min_free_bytes
 
     def check_writable(self) -> None:
         """Make the cache folder and try to write in it, so that a refusal comes before the work.

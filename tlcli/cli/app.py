@@ -36,7 +36,10 @@ GROUPS = {
         "List backbones, or show one unit by unit.",
         {"list": "backbones:list_backbones", "show": "backbones:show"},
     ),
-    "data": ("Check a data set, or show its split.", {"check": "data:check", "split": "data:split"}),
+    "data": (
+        "Check a data set, show its split, or preview its augmentation.",
+        {"check": "data:check", "split": "data:split", "preview": "data:preview"},
+    ),
     "cache": (
         "Look at, verify and prune the feature cache.",
         {

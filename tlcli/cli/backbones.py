@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from tlcli.cli.options import command
 from tlcli.cli.output import Output, table
-from tlcli.config import BackboneOptions, BackbonesListConfig, BackbonesShowConfig
+from tlcli.config import BackbonesListConfig, BackbonesShowConfig
 from tlcli.errors import BackboneError, UsageError
+from tlcli.option_groups import BackboneOptions
 
 if TYPE_CHECKING:
     from tlcli.backbones.costs import UnitCosts
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     examples=("tlcli backbones list 'resnet*' --max-params 30", "tlcli backbones list --cached"),
 )
 def list_backbones(out: Output, config: BackbonesListConfig) -> None:
-    """List the backbones that have pretrained weights."""
+    """List the backbones that have pretrained weights, and the classic networks, which have none."""
     from tlcli.backbones import catalog
 
     found = catalog.entries(
@@ -40,6 +41,7 @@ def list_backbones(out: Output, config: BackbonesListConfig) -> None:
                 "image_size": list(entry.image_size),
                 "license": entry.license,
                 "cached": entry.cached,
+                "pretrained": entry.pretrained,
             }
             for entry in shown
         ],
@@ -49,8 +51,8 @@ def list_backbones(out: Output, config: BackbonesListConfig) -> None:
             entry.name,
             None if entry.num_parameters is None else f"{entry.num_parameters / 1e6:>8.1f} M",
             _size(entry.image_size),
-            entry.license or "unknown",
-            "yes" if entry.cached else "no",
+            entry.license or ("unknown" if entry.pretrained else "none needed"),
+            ("yes" if entry.cached else "no") if entry.pretrained else "no weights",
         ]
         for entry in shown
     ]
@@ -67,7 +69,10 @@ def list_backbones(out: Output, config: BackbonesListConfig) -> None:
 
 @command(
     BackbonesShowConfig,
-    examples=("tlcli backbones show bundled", "tlcli backbones show resnet18 --random-init"),
+    examples=(
+        "tlcli backbones show resnet18 --random-init",
+        "tlcli backbones show classic/lenet5 --model-kwargs norm=every,activation=tanh",
+    ),
 )
 def show(out: Output, config: BackbonesShowConfig) -> None:
     """Show a backbone unit by unit: shapes, parameters, work, and bytes of a cached row."""
@@ -79,13 +84,14 @@ def show(out: Output, config: BackbonesShowConfig) -> None:
     options = BackboneOptions(
         backbone=config.backbone,
         weights=config.weights,
-        random_init=config.random_init,
+        random_init=config.random_init or (config.backbone.startswith("classic/") and not config.weights),
+        model_kwargs=config.model_kwargs,
         image_size=config.image_size,
     )
     try:
         backbone = load_backbone(options)
     except BackboneError as error:
-        if config.random_init or config.weights:
+        if options.random_init or options.weights:
             raise
         hint = "This table does not depend on the weights: --random-init shows it without."
         raise BackboneError(error.message, hint=f"{error.hint or ''} {hint}".strip()) from error
@@ -95,8 +101,12 @@ def show(out: Output, config: BackbonesShowConfig) -> None:
     out.result("backbones.show", document, _facts(document), table(columns, _rows(costs)))
     if costs[0].cut is None:
         out.note("This network cannot be traced: it can be frozen as a whole (--freeze all) only.")
-    units = max(1, len(costs) * 2 // 3)
-    out.hint(f"tlcli extract DATA --backbone {shlex.quote(backbone.name)} --freeze {units}")
+    quoted = shlex.quote(backbone.name)
+    if backbone.source == "classic":
+        given = f" --model-kwargs {shlex.quote(config.model_kwargs)}" if config.model_kwargs else ""
+        out.hint(f"tlcli finetune DATA --backbone {quoted}{given} --scenario scratch")
+    else:
+        out.hint(f"tlcli extract DATA --backbone {quoted} --freeze {max(1, len(costs) * 2 // 3)}")
 
 
 def _document(backbone: "Backbone", costs: "list[UnitCosts]") -> dict[str, Any]:
@@ -107,6 +117,7 @@ def _document(backbone: "Backbone", costs: "list[UnitCosts]") -> dict[str, Any]:
         "source": backbone.source,
         "pretrained": backbone.pretrained,
         "license": backbone.license,
+        "arguments": backbone.arguments,
         "image_size": list(preprocess.image_size),
         "crop_pct": preprocess.crop_pct,
         "interpolation": preprocess.interpolation,
@@ -137,7 +148,10 @@ def _facts(document: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"{facts['name']}: {facts['architecture']}, {facts['source']}, "
-            f"license {facts['license'] or 'unknown'}",
+            f"license {facts['license'] or 'unknown'}"
+            if facts["source"] != "classic"
+            else f"{facts['name']}: no pretrained weights; "
+            + ", ".join(f"{key} {_plain(value)}" for key, value in facts["arguments"].items()),
             f"{facts['num_parameters']:,} parameters, {facts['flops'] / 1e9:.3g} GFLOPs an image, "
             f"{facts['num_features']} features",
             f"images {_size(facts['image_size'])}, crop {facts['crop_pct']:.4g}, {facts['interpolation']}, "
@@ -168,6 +182,10 @@ def _size(size: Sequence[int]) -> str:
 
 def _shape(shape: tuple[int, ...] | None) -> str | None:
     return None if shape is None else "x".join(map(str, shape))
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _numbers(values: Sequence[float]) -> str:

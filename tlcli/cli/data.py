@@ -1,4 +1,4 @@
-"""`tlcli data check` and `tlcli data split`."""
+"""`tlcli data check`, `tlcli data split` and `tlcli data preview`."""
 
 import dataclasses
 import logging
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from tlcli import paths
 from tlcli.cli.options import command
-from tlcli.cli.output import Output, table
-from tlcli.config import DataCheckConfig, DataSplitConfig
+from tlcli.cli.output import Output, printable, table
+from tlcli.config import DataCheckConfig, DataPreviewConfig, DataSplitConfig, long_name
 from tlcli.errors import DataError
+from tlcli.option_groups import AugmentOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,6 +114,56 @@ def split(out: Output, config: DataSplitConfig) -> None:
         _hint_finetune(out, config.output, outside)
 
 
+@command(
+    DataPreviewConfig,
+    examples=(
+        "tlcli data preview photos/",
+        "tlcli data preview labels.csv --augment medium --mirror 0 --rotate 20 -o rotated.png",
+    ),
+)
+def preview(out: Output, config: DataPreviewConfig) -> None:
+    """Draw augmented training images as one PNG picture, to judge an augmentation by eye."""
+    from tlcli.data.preview import check_output, draw_sheet, make_preview, num_views, write_picture
+    from tlcli.device import torch_threads
+
+    check_output(config)
+    with torch_threads(1):
+        made = make_preview(config, config.workers or paths.default_workers(), out.progress)
+    write_picture(draw_sheet(made, config.data or ""), config.output)
+    policy = made.policy
+    document = {
+        "data": config.data,
+        "output": config.output,
+        "num_train": made.num_train,
+        "augment": {
+            "preset": policy.name,
+            "reason": policy.reason,
+            "description": policy.describe(),
+            **policy.values(),
+        },
+        "view_seed": config.view_seed,
+        "image_size": config.image_size,
+        "num_views": num_views(config) + 1,
+        "images": [{"name": row.name, "label": row.label, "sha256": row.sha256} for row in made.rows],
+        "bad_images": [{"name": image.name, "reason": image.reason} for image in made.bad_images],
+    }
+    out.result(
+        "data.preview",
+        document,
+        f"augment {policy.name} ({policy.reason}): {policy.describe()}",
+        f"{len(made.rows)} training images, each plain and in {num_views(config)} augmented views: "
+        + printable(config.output),
+    )
+    for image in made.bad_images:
+        out.warn(f"{image.name!r} is left out: {image.reason}")
+    given = [
+        f"--{long_name(field.name)} {getattr(config, field.name)}"
+        for field in dataclasses.fields(AugmentOptions)
+        if getattr(config, field.name) != field.default
+    ]
+    _hint_finetune(out, config.data, config.allow_outside_root, given)
+
+
 def _files(
     dataset: "Dataset", splits: "Sequence[str]", fingerprints: "Sequence[Fingerprint]", kept: "Sequence[int]"
 ) -> list[dict[str, Any]]:
@@ -128,9 +179,16 @@ def _files(
     ]
 
 
-def _hint_finetune(out: Output, data: str | None, allow_outside_root: bool) -> None:
-    extra = " --allow-outside-root" if allow_outside_root else ""
-    out.hint(f"tlcli finetune {shlex.quote(data or '')}{extra} --backbone resnet50.a1_in1k")
+def _hint_finetune(
+    out: Output, data: str | None, allow_outside_root: bool, augmentation: "Sequence[str] | None" = None
+) -> None:
+    words = ["tlcli finetune", shlex.quote(data or "")]
+    if allow_outside_root:
+        words.append("--allow-outside-root")
+    words.append("--backbone resnet50.a1_in1k")
+    if augmentation is not None:  # what makes finetune train the backbone, on augmented images
+        words += ["--scenario freeze", *augmentation]
+    out.hint(" ".join(words))
 
 
 def _about(dataset: "Dataset") -> dict[str, Any]:

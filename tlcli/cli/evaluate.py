@@ -22,7 +22,10 @@ def evaluate(out: Output, config: EvaluateConfig) -> None:
     from tlcli import extract
 
     run, plan = library.plan_evaluate(config, out.progress)
-    out.plan(f"Evaluate {config.run} on {config.split}", plan.facts())
+    facts = plan.facts()
+    if (scenario := run.facts.get("scenario")) != "feature-extraction":
+        facts["backbone"] = f"{run.facts['backbone']['name']}, as trained in scenario {scenario}"
+    out.plan(f"Evaluate {config.run} on {config.split}", facts)
     if out.dry_run:
         out.result("evaluate.plan", plan.document())
         return

@@ -5,7 +5,8 @@ import shlex
 
 from tlcli.cli.options import command
 from tlcli.cli.output import Output
-from tlcli.config import BackboneOptions, DataOptions, ExtractConfig, FeatureOptions, long_name
+from tlcli.config import ExtractConfig, long_name
+from tlcli.option_groups import AugmentOptions, BackboneOptions, DataOptions, FeatureOptions
 
 
 @command(
@@ -13,7 +14,7 @@ from tlcli.config import BackboneOptions, DataOptions, ExtractConfig, FeatureOpt
     dry_run=True,
     examples=(
         "tlcli extract photos/ --backbone resnet50.a1_in1k",
-        "tlcli extract photos/ --backbone bundled --freeze 3 -o features.safetensors",
+        "tlcli extract photos/ --backbone bundled --freeze 3 --views 4",
     ),
 )
 def extract(out: Output, config: ExtractConfig) -> None:
@@ -34,14 +35,18 @@ def extract(out: Output, config: ExtractConfig) -> None:
     }
     text = library.summary(features) + (f"\nwrote {config.output}" if config.output else "")
     out.result("extract", document, text)
-    if config.freeze in {None, "all"}:
+    frozen = plan.store.extractor.cut.num_frozen_units
+    if frozen:
         out.hint(shlex.join(["tlcli", "finetune", str(config.data), *_changed(config)]))
 
 
 def _changed(config: ExtractConfig) -> list[str]:
     """Return the options a later command needs to find the same images and rows."""
     arguments = []
-    groups = (BackboneOptions, DataOptions, FeatureOptions)
+    groups: tuple[type, ...] = (BackboneOptions, DataOptions, FeatureOptions)
+    if config.freeze not in {None, "all"}:
+        arguments += ["--freeze", str(config.freeze)]
+        groups += (AugmentOptions,)
     for field in (field for group in groups for field in dataclasses.fields(group)):
         value = getattr(config, field.name)
         if value == field.default or field.name in {"data", "freeze", "cache", "workers"}:

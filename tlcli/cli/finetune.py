@@ -13,21 +13,24 @@ from tlcli.config import FinetuneConfig
     dry_run=True,
     examples=(
         "tlcli finetune photos/ --backbone resnet50.a1_in1k",
-        "tlcli finetune labels.csv --backbone bundled --head mlp:256 -o runs/mlp --json",
+        "tlcli finetune photos/ --backbone resnet50.a1_in1k --freeze 10 --views 4 -o runs/tuned --json",
     ),
 )
 def finetune(out: Output, config: FinetuneConfig) -> None:
-    """Train a classifier on a backbone's features and write a run."""
+    """Train a classifier in one of the four scenarios and write a run."""
     from tlcli import extract
     from tlcli import finetune as library
 
     plan = library.plan_finetune(config, out.progress)
+    for note in plan.notes:
+        out.note(note)
     out.plan("Finetune", plan.facts())
     if out.dry_run:
         out.result("finetune.plan", plan.document())
         return
     result = library.finetune(plan, out.progress)
-    out.note(extract.summary(result.features))
+    if plan.features is not None:
+        out.note(extract.summary(result.features))
     out.result("finetune", result.document, table(["", ""], _rows(result.document)))
     run = shlex.quote(str(result.run_path))
     out.hint(f"tlcli evaluate {run}    tlcli report {run}")
@@ -35,17 +38,28 @@ def finetune(out: Output, config: FinetuneConfig) -> None:
 
 def _rows(document: dict[str, Any]) -> list[tuple[str, str]]:
     head, seconds = document["head"], document["seconds"]
-    chosen = ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
-                       for key, value in head["chosen"].items())  # fmt: skip
-    rows = [("run", document["run_path"]), ("head", f"{head['kind']}: {chosen}")]
+    rows = [("run", document["run_path"]), ("scenario", document["scenario"])]
+    if "training" not in document:
+        rows.append(("head", f"{head['kind']}: {_values(head['chosen'])}"))
     for name, found in document["metrics"].items():
         if found:
             rows.append((f"{name.replace('_', ' ')} accuracy", accuracy(found)))
     cv = head["cv"]
-    if cv["top1_accuracy"] is not None and "cross_validation" not in document["metrics"]:
+    if cv and cv["top1_accuracy"] is not None and "cross_validation" not in document["metrics"]:
         rows.append(("cross-validation", f"{cv['top1_accuracy']:.3f} on {cv['num_samples']} train images"))
-    parts = f"features {seconds['features']:.1f}, head {seconds['head']:.1f}"
+    if training := document.get("training"):
+        if training["probe"] and training["probe"]["val_top1_accuracy"] is not None:
+            rows.append(("linear probe before", f"{training['probe']['val_top1_accuracy']:.3f} on val"))
+        rows.append(("trained", f"{training['epochs']} epochs, {training['steps']} steps"))
+        if training["selected_on"]:
+            rows.append(("selected on", f"{training['selected_on']}, whose accuracy is therefore optimistic"))
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
     return [*rows, ("seconds", f"{seconds['total']:.1f} ({parts})")]
+
+
+def _values(chosen: dict[str, Any]) -> str:
+    texts = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in chosen.values())
+    return ", ".join(f"{key} {text}" for key, text in zip(chosen, texts, strict=True))
 
 
 def accuracy(found: dict[str, Any]) -> str:

@@ -15,15 +15,17 @@ from typing import Annotated, Any
 import typer
 
 from tlcli import config as configurations
-from tlcli import paths
+from tlcli import option_groups, paths
 from tlcli.cli.output import Output
 from tlcli.errors import CheckFailed, Interrupted
 
 PANELS = {
-    configurations.DataOptions: "Data",
-    configurations.BackboneOptions: "Backbone",
-    configurations.FeatureOptions: "Features and hardware",
-    configurations.HeadOptions: "Head",
+    option_groups.DataOptions: "Data",
+    option_groups.BackboneOptions: "Backbone",
+    option_groups.FeatureOptions: "Features and hardware",
+    option_groups.AugmentOptions: "Augmentation",
+    option_groups.HeadOptions: "Head and training",
+    option_groups.TrainingOptions: "Training of the backbone",
 }
 
 interrupting_signal = 2  # set by the handler of app.py; SIGINT unless a SIGTERM came
@@ -58,8 +60,9 @@ def command(
             plain = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
             try:
                 function(out, config_type(**plain))
-            except KeyboardInterrupt:
-                raise Interrupted(interrupting_signal) from None
+            except KeyboardInterrupt as stop:
+                notes = getattr(stop, "__notes__", ())  # of the run that it stopped: how to continue it
+                raise Interrupted(interrupting_signal, **({"hint": notes[-1]} if notes else {})) from None
             except BrokenPipeError:  # typer would end with 1, the code of a bug
                 raise ReaderGone from None
             except CheckFailed as failed:

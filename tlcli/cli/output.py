@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tlcli import processes
 from tlcli.progress import Progress, Silent
 
 SCHEMA_VERSION = 1
 
 
 class Output:
-    """Where one command writes.
+    """Where one command writes. Of several processes the first alone does; the others tell of errors only.
 
     Args:
         json_document: Print one JSON document on stdout instead of tables.
@@ -38,7 +39,8 @@ class Output:
         dry_run: bool = False,
     ) -> None:
         self.json = json_document
-        self.quiet = quiet
+        self.main = processes.is_main()
+        self.quiet = quiet = quiet or not self.main
         self.dry_run = dry_run
         self.printed = False
         # A table in a file or pipe is not wrapped, so that each of its rows stays one line.
@@ -48,7 +50,15 @@ class Output:
         self.progress: Progress = Silent()
         if self._err.is_terminal and not quiet and not json_document:
             self.progress = Bar(self._err)
-        level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+        level = (
+            logging.ERROR
+            if not self.main
+            else logging.WARNING
+            if quiet
+            else logging.DEBUG
+            if verbose
+            else logging.INFO
+        )
         logger = logging.getLogger("tlcli")
         logger.handlers = [_Handler(self._err)]
         logger.setLevel(level)
@@ -63,6 +73,8 @@ class Output:
             *renderables: Tables, or text printed as it is.
         """
         self.printed = True
+        if not self.main:
+            return
         if self.json:
             self.write(json.dumps({"schema": schema(name), **document}, indent=2, allow_nan=False))
             return
@@ -71,6 +83,8 @@ class Output:
 
     def write(self, line: str) -> None:
         """Write one line of a stream of results (CSV, JSON lines) to stdout, at once."""
+        if not self.main:
+            return
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
@@ -90,6 +104,8 @@ class Output:
 
     def warn(self, text: str) -> None:
         """Print a warning on stderr, also with --quiet."""
+        if not self.main:
+            return
         self._err.print(f"[yellow]warning:[/yellow] {escape(text)}")
 
     def hint(self, text: str) -> None:
@@ -168,11 +184,12 @@ class Bar:
             progress.MofNCompleteColumn(),
             progress.TextColumn("{task.fields[rate]}"),
             progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[text]}"),
             console=self._console,
             transient=True,
         )
         self._unit = unit
-        self._bar.add_task(escape(stage), total=total, rate="")
+        self._bar.add_task(escape(stage), total=total, rate="", text="")
         self._bar.start()
 
     def advance(self, amount: int = 1) -> None:
@@ -181,6 +198,11 @@ class Bar:
             task = self._bar.tasks[0]
             rate = f"{task.speed:,.0f} {self._unit}/s" if task.speed else ""
             self._bar.update(task.id, advance=amount, rate=rate)
+
+    def describe(self, text: str) -> None:
+        """Show a text after the bar."""
+        if self._bar is not None:
+            self._bar.update(self._bar.tasks[0].id, text=escape(text))
 
     def finish(self) -> None:
         """Remove the bar."""

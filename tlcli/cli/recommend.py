@@ -34,14 +34,7 @@ def recommend(out: Output, config: RecommendConfig) -> None:
             for caveat in found.caveats
         ),
         "",
+        "Run next",
+        f"  {found.command}",
     ]
-    if not found.built:
-        text = (
-            f"The scenario {found.scenario} is not built in this version of tlcli. What works now is "
-            "feature-extraction, the quick baseline that every other scenario must beat:"
-        )
-        lines.append(textwrap.fill(text, WIDTH))
-    else:
-        lines.append("Run next")
-    lines.append(f"  {found.command}")
     out.result("recommend", dataclasses.asdict(found), "\n".join(lines))

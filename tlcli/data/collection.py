@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tlcli.config import DataOptions
 from tlcli.data.scan import Dataset, Sample, scan
 from tlcli.data.split import Fingerprint, assign_splits, fingerprint, limit_per_class
+from tlcli.option_groups import DataOptions
 from tlcli.progress import Progress
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from tlcli.config import DataOptions
 from tlcli.errors import DataError, StorageError, UsageError
+from tlcli.option_groups import DataOptions
 
 DELIMITERS: Mapping[str, str] = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 MAX_LINE_CHARACTERS = 2**20

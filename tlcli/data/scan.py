@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tlcli.config import DataOptions
 from tlcli.data.listing import DELIMITERS, Problems, Row, not_utf8, read_rows
 from tlcli.errors import DataError, StorageError, UsageError
+from tlcli.option_groups import DataOptions
 
 IMAGE_EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".webp", ".tif", ".tiff"}

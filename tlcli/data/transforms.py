@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from tlcli.config import Preprocess
+from tlcli.option_groups import Interpolation, Preprocess
 
 VERSION = 1
 # Above this ratio of the sides only the middle of the image is resized. Otherwise an image of 20000x1 pixels,
@@ -52,7 +52,8 @@ class EvalTransform:
             uint8 [3, h, w], contiguous, with (h, w) the image size.
         """
         image = self._trim_extreme(image)
-        resized = self._resize(image, self.resized_size(image.shape[1], image.shape[2]))
+        size = self.resized_size(image.shape[1], image.shape[2])
+        resized = resize(image, size, self.preprocess.interpolation)
         return self._crop_or_pad(resized).contiguous()
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
@@ -101,17 +102,6 @@ class EvalTransform:
                 image = image.narrow(dimension, (size - keep) // 2, keep)
         return image
 
-    def _resize(self, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        if (image.shape[1], image.shape[2]) == size:
-            return image
-        mode = self.preprocess.interpolation
-        if mode == "lanczos":
-            return _resize_by_pillow(image, size)
-        batch = image.unsqueeze(0)
-        if mode == "nearest":  # as Pillow counts: the pixel under the centre
-            return functional.interpolate(batch, size, mode="nearest-exact")[0]
-        return functional.interpolate(batch, size, mode=mode, antialias=True, align_corners=False)[0]
-
     def _crop_or_pad(self, image: torch.Tensor) -> torch.Tensor:
         _, height, width = image.shape
         crop_height, crop_width = self.image_size
@@ -129,6 +119,27 @@ class EvalTransform:
         padded[:] = torch.tensor(fill, dtype=torch.uint8)[:, None, None]
         padded[:, rows // 2 : rows // 2 + height, columns // 2 : columns // 2 + width] = image
         return padded
+
+
+def resize(image: torch.Tensor, size: tuple[int, int], interpolation: Interpolation) -> torch.Tensor:
+    """Return the image resized, antialiased unless `interpolation` is "nearest".
+
+    Args:
+        image: uint8 [3, H, W]; any memory layout, channels-last is fastest.
+        size: Height and width of the result.
+        interpolation: nearest, bilinear, bicubic or lanczos.
+
+    Returns:
+        uint8 [3, *size]; the image itself where it has that size already.
+    """
+    if (image.shape[1], image.shape[2]) == size:
+        return image
+    if interpolation == "lanczos":
+        return _resize_by_pillow(image, size)
+    batch = image.unsqueeze(0)
+    if interpolation == "nearest":  # as Pillow counts: the pixel under the centre
+        return functional.interpolate(batch, size, mode="nearest-exact")[0]
+    return functional.interpolate(batch, size, mode=interpolation, antialias=True, align_corners=False)[0]
 
 
 def _resize_by_pillow(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -1,0 +1,421 @@
+"""Checkpoints: whole or absent, checked by hash before they are used, never executed.
+
+    RUN/checkpoints/step-0000123/state.safetensors    tensors
+                                 state.json           facts
+                                 complete.json        size and SHA-256 of the two
+
+A checkpoint is written into a temporary folder, synced and renamed, so that a process killed at any moment
+leaves the earlier ones as they were. A step that is saved again becomes step-0000123.1: the earlier one goes
+only when the later one is in place.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tlcli.cache import files
+from tlcli.errors import BackboneError, StorageError, UsageError
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = "tlcli.checkpoint/1"
+FOLDER = "checkpoints"
+TENSORS, FACTS, COMPLETE = "state.safetensors", "state.json", "complete.json"
+KEPT = 2
+NAME = re.compile(r"step-([0-9]{7,18})(?:\.([0-9]{1,9}))?")
+DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}  # others say nothing of the file
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One saved state.
+
+    Attributes:
+        step: Optimiser steps done.
+        tensors: By name, on the CPU.
+        facts: As they were saved.
+        path: Its folder.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+    path: Path
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        run_dir: The run directory; nothing is made in it before the first `save`.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.folder = Path(run_dir) / FOLDER
+        self._damaged: set[Path] = set()
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
+        """Write a checkpoint durably, then remove all but the newest two, and what is damaged or partial.
+
+        Args:
+            step: Optimiser steps done, at least 0. The last saved of several of one step is the newest.
+            tensors: Any dense tensors of the types in DTYPES, on any device.
+            facts: What JSON holds: dicts with string keys, lists, strings, numbers (NaN and infinities
+                too, as Python's json writes them), booleans, None.
+
+        Returns:
+            The folder of the checkpoint.
+
+        Raises:
+            StorageError: The disk refuses; the earlier checkpoints are as they were.
+            TypeError: JSON does not hold the facts, or a tensor is of another type.
+        """
+        _check_plain(facts, "facts")
+        text = json.dumps(facts).encode("ascii")
+        header = _header(tensors)
+        num_bytes = len(text) + len(header) + sum(tensor.nbytes for tensor in tensors.values())
+        temporary = files.temporary_path(self.folder)
+        try:
+            files.make_folder(self.folder)
+            os.mkdir(temporary)
+            try:
+                path = self._write(temporary, step, {TENSORS: _contents(header, tensors), FACTS: [text]})
+            except BaseException:
+                files.remove_tree(temporary)
+                raise
+            self._tidy(path)
+        except OSError as error:
+            raise _storage_error("write", self.folder, error, num_bytes) from error
+        return path
+
+    def newest(self) -> Checkpoint | None:
+        """Return the newest intact checkpoint, or None; what is damaged is named in a warning.
+
+        Raises:
+            BackboneError: A file is what its hash says and yet no state: it was not written by tlcli.
+            StorageError: A file cannot be read for a reason that says nothing of its content.
+        """
+        paths: list[Path] | None = None
+        while paths != (paths := self._paths()):  # again, should another process save meanwhile
+            for path in reversed(paths):
+                try:
+                    return _load(path)
+                except _Damaged as damage:
+                    logger.warning("checkpoint %s is skipped: %s", path, damage)
+                    self._damaged.add(path)
+                except OSError as error:
+                    raise _storage_error("read", path, error) from error
+        return None
+
+    def clear(self) -> None:
+        """Remove all checkpoints, as when a run is done.
+
+        Raises:
+            StorageError: The disk refuses.
+        """
+        with files.storage_errors("remove", self.folder):
+            files.remove_tree(self.folder)
+
+    def _write(self, temporary: Path, step: int, contents: Mapping[str, Any]) -> Path:
+        listed = {}
+        for name, chunks in contents.items():
+            summed = _Summed(chunks)
+            files.publish(temporary / name, summed)
+            listed[name] = {"bytes": summed.num_bytes, "sha256": summed.digest.hexdigest()}
+        complete = json.dumps({"schema": SCHEMA, "step": step, "files": listed}, indent=2) + "\n"
+        files.publish(temporary / COMPLETE, [complete.encode("ascii")])
+        number = max((again + 1 for other, again in map(_place, self._paths()) if other == step), default=0)
+        while True:
+            path = self.folder / (f"step-{step:07d}" + (f".{number}" if number else ""))
+            try:
+                files.move(temporary, path)
+            except OSError as error:  # another process took the name
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                number += 1
+            else:
+                return path
+
+    def _paths(self) -> list[Path]:
+        """Return the folders of checkpoints, whole or not, oldest first."""
+        found = [path for path in files.subfolders(self.folder) if NAME.fullmatch(path.name)]
+        return sorted(found, key=_place)
+
+    def _tidy(self, saved: Path) -> None:
+        """Remove what is not needed once `saved` is in place."""
+        paths = self._paths()
+        whole = [path for path in paths if path not in self._damaged and (path / COMPLETE).is_file()]
+        kept = {*whole[-KEPT:], saved}
+        # complete.json goes first, by its name, so that one removed in part is not taken for a whole one
+        for path in [*(path for path in paths if path not in kept), *files.stale_temporaries(self.folder)]:
+            files.remove_tree(path)
+        self._damaged.clear()
+
+
+class _Damaged(Exception):
+    """A checkpoint that is not whole; the text says what is wrong."""
+
+
+class _Summed:
+    """Chunks that are counted and hashed while they are written."""
+
+    def __init__(self, chunks: Any) -> None:
+        self.digest = hashlib.sha256()
+        self.num_bytes = 0
+        self._chunks = chunks
+
+    def __iter__(self) -> Iterator[memoryview]:
+        for chunk in self._chunks:
+            view = memoryview(chunk)
+            self.digest.update(view)
+            self.num_bytes += view.nbytes
+            yield view
+
+
+def _place(path: Path) -> tuple[int, int]:
+    match = NAME.fullmatch(path.name)
+    assert match
+    return int(match[1]), int(match[2] or 0)
+
+
+def _storage_error(action: str, path: Path, error: OSError, num_bytes: int = 0) -> StorageError:
+    message = f"Cannot {action} checkpoint {str(path)!r}: {error.strerror or error}."
+    if error.errno in files.FULL:
+        message += (
+            f" {files.size_text(num_bytes)} ({num_bytes} bytes) are needed; earlier checkpoints are kept."
+        )
+        return StorageError(message, hint="Make room, then continue the run with --resume.")
+    return StorageError(message, hint="Check the folder's permissions and disk, then continue with --resume.")
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Refuse what JSON would give back as something else, such as a tuple."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{where} has the key {key!r}; expected strings")
+            _check_plain(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            _check_plain(item, f"{where}.{number}")
+    elif value is not None and not isinstance(value, str | int | float):
+        raise TypeError(f"{where} is a {type(value).__name__}; expected what JSON holds")
+
+
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the bytes before the data of a safetensors file; tensors of large elements come first."""
+    header: dict[str, Any] = {}
+    begin = 0
+    for name in _order(tensors):
+        tensor = tensors[name]
+        if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+            raise TypeError(f"tensor {name!r} is {tensor.layout} of {tensor.dtype}, which cannot be stored")
+        place = [begin, begin + tensor.nbytes]
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        begin += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def _contents(header: bytes, tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield a safetensors file piece by piece, so that no second copy of all tensors is made."""
+    yield header
+    for name in _order(tensors):
+        if tensors[name].numel():
+            plain = tensors[name].detach().cpu().contiguous().reshape(-1)
+            yield plain.view(torch.uint8).numpy().data
+
+
+def _load(path: Path) -> Checkpoint:
+    """Return a checkpoint after comparing its files with its list; the bytes that were hashed are used.
+
+    Raises:
+        _Damaged: They differ, or there is no list.
+        BackboneError: They do not differ, and are no state all the same.
+        OSError: A file cannot be read for a reason that says nothing of its content.
+    """
+    step, _ = _place(path)
+    name = COMPLETE
+    try:
+        complete = json.loads(_read(path / COMPLETE, 1 << 20))
+        if complete["schema"] != SCHEMA or complete["step"] != step:
+            raise _Damaged(f"its {COMPLETE} is of {complete['schema']!r}, step {complete['step']!r}")
+        listed = [(complete["files"][each]["bytes"], complete["files"][each]["sha256"], each)
+                  for each in (TENSORS, FACTS)]  # fmt: skip
+        found = {}
+        for num_bytes, sha256, name in listed:
+            found[name] = _read(path / name, num_bytes)
+            if len(found[name]) != num_bytes:
+                raise _Damaged(f"its {name} ends after {len(found[name])} of {num_bytes} bytes")
+            if hashlib.sha256(found[name]).hexdigest() != sha256:
+                raise _Damaged(f"its {name} is not the one that was written")
+    except OSError as error:
+        if error.errno not in DAMAGE:
+            raise
+        raise _Damaged(f"its {name} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _Damaged(f"its {COMPLETE} is not a list of files") from error
+    return Checkpoint(step, *_parsed(path, found[TENSORS], found[FACTS]), path)
+
+
+def _read(path: Path, num_bytes: int) -> bytes:
+    """Return at most `num_bytes` bytes of a file, whatever its list claims that it holds; never of a link."""
+    with files.opened(path) as fd:
+        return files.read_at(fd, min(num_bytes, os.fstat(fd).st_size), 0)
+
+
+def _parsed(path: Path, state: bytes, text: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    name = TENSORS
+    try:
+        tensors = load(state)
+        name = FACTS
+        facts = json.loads(text)
+        if not isinstance(facts, dict):
+            raise ValueError(f"it holds a {type(facts).__name__}")
+    except (ValueError, KeyError, RuntimeError, RecursionError, SafetensorError) as error:
+        raise BackboneError(
+            f"Checkpoint {str(path / name)!r} cannot be loaded: {error}.",
+            hint=f"It was not written by tlcli; remove {path} to continue from an earlier one.",
+        ) from error
+    return tensors, facts
+
+
+# ---- optimisers ------------------------------------------------------------------------------------------
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what an optimiser remembers, for `Checkpoints.save`.
+
+    Returns:
+        Its tensors, not copied, by name; and everything else (counters, hyperparameters, where each tensor
+        belongs) as JSON holds it.
+
+    Raises:
+        UsageError: It remembers what a checkpoint cannot hold.
+    """
+    tensors: dict[str, Tensor] = {}
+    try:
+        if any(isinstance(value, torch.Generator) for value in vars(optimizer).values()):
+            raise TypeError("a random generator")
+        return tensors, {"optimizer": _name(optimizer), "state": _packed(optimizer.state_dict(), "", tensors)}
+    except TypeError as error:
+        raise _not_restorable(optimizer, f"keeps {error}, which a checkpoint cannot hold") from error
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
+    """Give a fresh optimiser of the same parameters the state that `optimizer_state` returned.
+
+    Args:
+        optimizer: Made with the same options over parameters of the same order and shapes.
+        tensors: From a checkpoint; more than those of the optimiser may be there.
+        facts: From a checkpoint.
+
+    Raises:
+        UsageError: It is another optimiser, or does not take its state back exactly.
+        BackboneError: The state is damaged.
+    """
+    if facts.get("optimizer") != _name(optimizer):
+        raise _not_restorable(optimizer, f"is not the {facts.get('optimizer')} of the checkpoint")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    device = parameters[0].device
+    try:
+        state = _unpacked(facts["state"], tensors, device)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BackboneError(f"The checkpoint's state of {_name(optimizer)} is damaged: {error!r}.") from error
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        raise _not_restorable(optimizer, f"does not take its state back: {error}") from error
+    # What is cast or dropped on the way in would make a resumed run another run.
+    after, found = optimizer_state(optimizer)
+    if found["state"] != facts["state"] or not all(_same(after[name], tensors[name]) for name in after):
+        raise _not_restorable(optimizer, "does not take its state back exactly")
+
+
+def _name(optimizer: torch.optim.Optimizer) -> str:
+    inner = getattr(optimizer, "_base_optimizer", None)  # timm's Lookahead
+    return type(optimizer).__name__ + (f"({_name(inner)})" if inner is not None else "")
+
+
+def _not_restorable(optimizer: torch.optim.Optimizer, why: str) -> UsageError:
+    return UsageError(
+        f"Optimiser {_name(optimizer)} {why}.",
+        hint="Use another --opt, such as adamw, and begin anew with --overwrite.",
+    )
+
+
+def _packed(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Return a value as JSON holds it: scalars and lists as they are, the rest tagged; tensors go by name."""
+    if isinstance(value, Tensor):
+        if value.dtype not in DTYPES or value.layout != torch.strided:
+            raise TypeError(f"a tensor of {value.dtype}")
+        tensors[path] = value
+        return {"tensor": path, "cpu": value.device.type == "cpu"}
+    if isinstance(value, dict):
+        below = f"{path}/" if path else ""
+        return {"dict": [[_packed(key, path, tensors), _packed(item, f"{below}{key}", tensors)]
+                         for key, item in value.items()]}  # fmt: skip
+    if isinstance(value, list | tuple):
+        items = [_packed(item, f"{path}/{number}", tensors) for number, item in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"a {type(value).__name__}")
+
+
+def _unpacked(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(item, tensors, device) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        tensor = tensors[value["tensor"]]
+        return tensor.clone() if value["cpu"] else tensor.to(device, copy=True)
+    if "dict" in value:
+        return {
+            _unpacked(key, tensors, device): _unpacked(item, tensors, device) for key, item in value["dict"]
+        }
+    if "tuple" in value:
+        return tuple(_unpacked(item, tensors, device) for item in value["tuple"])
+    dtype = getattr(torch, value["dtype"])
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{value['dtype']!r} is no type")
+    return dtype
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    """Return whether two tensors hold the same bytes, so that NaN equals NaN."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    one, other = (
+        tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (left, right)
+    )
+    return torch.equal(one, other)

@@ -1,0 +1,68 @@
+"""SIGINT and SIGTERM as a question that long work asks itself, so that it ends between two steps."""
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+MESSAGE = "stopping after this step; once more stops at once"
+
+_asked: list[Callable[[], int | None]] = []  # of the block that is active in the main thread
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Callable[[], int | None]]:
+    """Let the first SIGINT or SIGTERM inside the block only be noted; the second ends it at once.
+
+    A block inside a block shares its answer. Outside the main thread signals cannot be taken over, so there
+    nothing is ever asked. A signal that is ignored outside, as SIGINT is in a background job of a shell,
+    stays ignored.
+
+    Yields:
+        A function that returns the number of the signal that came, or None.
+
+    Raises:
+        KeyboardInterrupt: A second signal came.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    if _asked:
+        yield _asked[0]
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    taken = [number for number in SIGNALS if before[number] not in (signal.SIG_IGN, None)]
+    came: list[int] = []
+    speakers: list[threading.Thread] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) == 1:
+            # A handler may run in the middle of a write to stderr, which cannot be entered again.
+            speakers.append(threading.Thread(target=logger.warning, args=(MESSAGE,)))
+            speakers[0].start()
+            return
+        handler = before[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)  # the command line's own, which remembers which signal it was
+        raise KeyboardInterrupt
+
+    def asked() -> int | None:
+        return came[0] if came else None
+
+    _asked.append(asked)
+    try:
+        for number in taken:
+            signal.signal(number, note)
+        yield asked
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
+        _asked.clear()
+        for speaker in speakers:
+            speaker.join()

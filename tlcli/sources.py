@@ -1,0 +1,197 @@
+"""Where the training loop's inputs come from: rows of the cache, or images decoded and augmented as it goes.
+
+A source is asked for a few samples of an epoch and answers with what the network takes. The answer is a
+function of (samples, epoch) alone, whoever asks, in whichever thread and after whichever restart.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tlcli.data.decode import DecodeError
+from tlcli.data.scan import Sample
+from tlcli.errors import DataError
+from tlcli.features import Extractor
+
+PLAIN = -1
+"""The epoch that stands for evaluation: every sample's plain view."""
+
+
+class Source(Protocol):
+    """Gives the network's inputs."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    def load(self, indices: Sequence[int], epoch: int) -> Tensor:
+        """Return what can be prepared beside training, on the CPU; called in threads."""
+
+    def finish(self, loaded: Tensor) -> Tensor:
+        """Return the network's inputs on its device; called by the training loop."""
+
+
+def view_of(sha256: str, epoch: int, num_views: int | None, seed: int) -> int:
+    """Return the view of an image that an epoch sees.
+
+    Each `num_views` epochs see each view of an image once, in an order of its own. Without a number every
+    epoch has a view of its own.
+
+    Args:
+        sha256: The image's content.
+        epoch: From 0, or PLAIN.
+        num_views: How many views there are, the plain one among them.
+        seed: Of the training.
+    """
+    if epoch == PLAIN or num_views == 1:
+        return 0
+    if num_views is None:
+        return epoch + 1
+    cycle, place = divmod(epoch, num_views)
+    order = sorted(
+        range(num_views), key=lambda view: hashlib.sha256(f"{sha256}|{seed}|{cycle}|{view}".encode()).digest()
+    )
+    return order[place]
+
+
+class RowSource:
+    """Cached rows.
+
+    Args:
+        read: (positions of samples, their views) -> rows [n, *row_shape], float32 or bfloat16.
+        keys: SHA-256 of each sample.
+        num_views: How many views are cached.
+        seed: Of the training, decides which view an epoch sees.
+        device: Where the network is.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[Sequence[int], Sequence[int]], Tensor],
+        keys: Sequence[str],
+        *,
+        num_views: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.read, self.keys = read, keys
+        self.num_views, self.seed, self.device = num_views, seed, device
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def load(self, indices: Sequence[int], epoch: int) -> Tensor:
+        """Return rows on the CPU."""
+        views = [view_of(self.keys[index], epoch, self.num_views, self.seed) for index in indices]
+        rows = self.read(indices, views)
+        return rows.pin_memory() if self.device.type == "cuda" else rows
+
+    def finish(self, loaded: Tensor) -> Tensor:
+        """Return the rows on the device, float32."""
+        return loaded.to(self.device, non_blocking=True).float()
+
+
+class ImageSource:
+    """Images, decoded and augmented now, through the frozen prefix where there is one.
+
+    Args:
+        extractor: Transform and prefix.
+        samples: The images.
+        keys: SHA-256 of each.
+        num_views: As in `view_of`.
+        seed: As in `view_of`.
+    """
+
+    def __init__(
+        self,
+        extractor: Extractor,
+        samples: Sequence[Sample],
+        keys: Sequence[str],
+        *,
+        num_views: int | None,
+        seed: int,
+    ) -> None:
+        self.extractor, self.samples, self.keys = extractor, samples, keys
+        self.num_views, self.seed = num_views, seed
+        self.on_cpu = extractor.device.type == "cpu"
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def load(self, indices: Sequence[int], epoch: int) -> Tensor:
+        """Return images uint8 [n, 3, h, w]; on a CPU already the prefix's rows.
+
+        Raises:
+            DataError: An image that was good when training was planned no longer is.
+        """
+        images = []
+        for index in indices:
+            sample = self.samples[index]
+            try:
+                key, image = self.extractor.load(
+                    sample, view_of(self.keys[index], epoch, self.num_views, self.seed)
+                )
+            except DecodeError as error:
+                raise DataError(
+                    f"{sample.path} can no longer be used: {error.reason}.",
+                    hint="Put the image back, or start again without it.",
+                ) from error
+            if key != self.keys[index]:
+                raise DataError(f"{sample.path} has changed since training began.", hint="Start again.")
+            images.append(image)
+        batch = torch.stack(images)
+        if self.on_cpu and self.extractor.cut.num_frozen_units:
+            return self._rows(batch)
+        return batch.pin_memory() if self.extractor.device.type == "cuda" else batch
+
+    def finish(self, loaded: Tensor) -> Tensor:
+        """Return the network's inputs on the device, float32."""
+        if self.extractor.cut.num_frozen_units == 0:
+            return self.extractor.normalise(loaded)
+        return (loaded if self.on_cpu else self._rows(loaded)).float()
+
+    def _rows(self, images: Tensor) -> Tensor:
+        parts = torch.split(images, self.extractor.batch_size)
+        return torch.cat([self.extractor.rows(part) for part in parts])
+
+
+@contextmanager
+def loading(
+    source: Source, batches: Sequence[Sequence[int]], epoch: int, *, workers: int
+) -> Iterator[Iterator[Tensor]]:
+    """Give the loaded batches of an epoch in order, prepared ahead by threads.
+
+    Args:
+        source: Where they come from.
+        batches: Positions of the samples of each batch.
+        epoch: From 0, or PLAIN.
+        workers: Threads.
+    """
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, "tlcli-loading", torch.set_num_threads, (1,))
+    waiting: deque[Future[Tensor]] = deque()
+
+    def stream() -> Iterator[Tensor]:
+        for batch in batches:
+            waiting.append(pool.submit(source.load, batch, epoch))
+            if len(waiting) > 2 * workers:
+                yield _take()
+        while waiting:
+            yield _take()
+
+    def _take() -> Tensor:
+        loaded = waiting.popleft().result()
+        # A new thread's own setting also sets MKL's, which is everybody's.
+        torch.set_num_threads(threads)
+        return loaded
+
+    try:
+        yield stream()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(threads)
