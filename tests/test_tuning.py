@@ -129,6 +129,13 @@ def test_contradictions_are_usage_errors_before_anything_is_written(folder, tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("options", [{"opt": "sgd"}, {"views": 4}, {"augment": "medium"}, {"ema": 0.9}])
+def test_options_of_training_are_refused_where_the_backbone_is_frozen(folder, options):
+    with pytest.raises(UsageError, match="belongs to training"):
+        FinetuneConfig(data=str(folder), **options)
+    FinetuneConfig(data=str(folder), augment="none")
+
+
 # ---- cached and live -------------------------------------------------------------------------------------
 
 

@@ -86,7 +86,19 @@ class FinetuneConfig(
             raise UsageError("--resume and --overwrite contradict each other.", hint="Leave one of them out.")
         if self.resume and not self.output:
             raise UsageError("--resume needs -o: the run directory to continue.")
-        self.resolved_scenario()
+        if self.resolved_scenario() == "feature-extraction":
+            self._refuse_training_options()
+
+    def _refuse_training_options(self) -> None:
+        """Refuse what trains the backbone where it is frozen: ignored, it would mislead."""
+        for group in (TrainingOptions, AugmentOptions):
+            for item in dataclasses.fields(group):
+                if getattr(self, item.name) not in (item.default, "none"):
+                    raise UsageError(
+                        f"--{long_name(item.name)} belongs to training the backbone, and scenario "
+                        "feature-extraction freezes all of it.",
+                        hint="Add --freeze K, or --scenario freeze, full or scratch; or leave it out.",
+                    )
 
     def resolved_scenario(self) -> Scenario:
         """Return the scenario, which follows from --freeze where it is not given.

@@ -190,14 +190,14 @@ class Extractor:
             raise ValueError(f"view {view} of an image: this extractor has no augmentation")
         return self._augmenter(image, key, view, self.views.seed)
 
-    def rows(self, images: Tensor) -> Tensor:
+    def rows(self, images: Tensor, *, pad: bool = True) -> Tensor:
         """Return the rows of uint8 images [n, 3, h, w], n at most the batch size, on the device.
 
-        The batch is padded to the batch size, so that a row does not depend on the size of its batch. Several
-        threads may call it at once. The rows carry no gradient, but may be trained from.
+        Unless `pad` is off, the batch is padded to the batch size, so that a row does not depend on the size
+        of its batch. Several threads may call it at once. Rows carry no gradient, but may be trained from.
         """
         count = len(images)
-        if count < self.batch_size:
+        if pad and count < self.batch_size:
             images = torch.cat([images, images.new_zeros((self.batch_size - count, *images.shape[1:]))])
         # TF32 would make "fp32" on a GPU something else than on a CPU.
         on_gpu = self.device.type == "cuda"

@@ -341,7 +341,7 @@ class AugmentOptions:
     views: int | None = option(
         None,
         "Versions of each image in the cache: the plain one and V - 1 augmented ones; an epoch draws one per "
-        "image. 4 unless given, 1 without augmentation. More when the network overfits.",
+        "image. 4 unless given, 1 without augmentation and in extract. More when the network overfits.",
         metavar="V",
         minimum=1,
         maximum=1000,

@@ -157,7 +157,8 @@ class ImageSource:
 
     def _rows(self, images: Tensor) -> Tensor:
         parts = torch.split(images, self.extractor.batch_size)
-        return torch.cat([self.extractor.rows(part) for part in parts])
+        # On a GPU rows are not bit-identical anyway, and the padding of a small batch would cost its work.
+        return torch.cat([self.extractor.rows(part, pad=self.on_cpu) for part in parts])
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from tlcli.backbones.initialise import reinitialise
 from tlcli.backbones.units import parse_freeze, units
 from tlcli.backbones.zoo import Backbone, load_backbone
 from tlcli.checkpoints import Checkpoints
-from tlcli.config import FinetuneConfig, Scenario
+from tlcli.config import FinetuneConfig, Scenario, from_options, to_options
 from tlcli.data.audit import examine, require_usable
 from tlcli.data.augment import AugmentPolicy, resolve_policy
 from tlcli.data.collection import Collection
@@ -36,6 +36,7 @@ from tlcli.features import Extractor, Features
 from tlcli.heads import FittedHead, Head, fit_head
 from tlcli.network import NORM_LAYERS, make_network
 from tlcli.optimization import check_optimizer
+from tlcli.option_groups import FeatureOptions
 from tlcli.progress import Progress
 from tlcli.recipe import Recipe, resolve
 from tlcli.recommend import scratch_warning
@@ -206,7 +207,8 @@ def plan_tuning(
         else:
             features = _plan_features(config, collection, extractor, num_views or 1)
     elif recipe.head_init == "probe":
-        pooled = make_extractor(backbone, dataclasses.replace(config, freeze="all", scenario=None))
+        whole = from_options(FeatureOptions, {**to_options(config), "freeze": "all"})
+        pooled = make_extractor(backbone, whole)
         features = _plan_features(config, collection, pooled, 1)
     extractor = extractor or make_extractor(backbone, config, policy=pictures)
     amp = _amp(config, extractor.device)
@@ -244,7 +246,8 @@ def _decide(
     if config.cache != "auto":
         return caching.CachingDecision(caching.CUT, f"caching at the cut: --cache {config.cache}")
     workers = config.workers or paths.default_workers()
-    return caching.decide(extractor, collection, epochs=epochs, num_views=num_views, workers=workers)
+    amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(_amp(config, extractor.device))
+    return caching.decide(extractor, collection, epochs=epochs, num_views=num_views, workers=workers, amp=amp)
 
 
 def load_tunable(config: FinetuneConfig, scenario: Scenario) -> Backbone:

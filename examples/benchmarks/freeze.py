@@ -1,7 +1,7 @@
 """An epoch of `--freeze K` from cached rows against computing the frozen units anew; quality of cached views.
 
-    python examples/benchmarks/freeze.py --assets ASSETS               speed         TO MEASURE minutes
-    python examples/benchmarks/freeze.py --assets ASSETS --quality     accuracy      TO MEASURE minutes
+    python examples/benchmarks/freeze.py --assets ASSETS               speed         not measured yet minutes
+    python examples/benchmarks/freeze.py --assets ASSETS --quality     accuracy      not measured yet minutes
 
 (on two cores; `--quick` shows in a minute that either runs). ASSETS holds `mobilenetv2_100.imagenet` and the
 data sets; the ResNet-18, and any other network of --networks, is random, which costs the same. On a GPU at
@@ -18,10 +18,10 @@ threads, in the same compute type. The ceiling of the speed-up is
 own. Expected, bar 0.8:
 
     network, images, frozen units                  speed-up      ceiling       ratio
-    mobilenetv2, sign_digits at 128, 4 / 9 / 14    TO MEASURE    TO MEASURE    TO MEASURE
-    mobilenetv2, hymenoptera at 224, 4 / 9 / 14    TO MEASURE    TO MEASURE    TO MEASURE
-    resnet18, sign_digits at 128, 2 / 4 / 7        TO MEASURE    TO MEASURE    TO MEASURE
-    resnet18, hymenoptera at 224, 2 / 4 / 7        TO MEASURE    TO MEASURE    TO MEASURE
+    mobilenetv2, sign_digits at 128, 4 / 9 / 14    not measured yet    not measured yet    not measured yet
+    mobilenetv2, hymenoptera at 224, 4 / 9 / 14    not measured yet    not measured yet    not measured yet
+    resnet18, sign_digits at 128, 2 / 4 / 7        not measured yet    not measured yet    not measured yet
+    resnet18, hymenoptera at 224, 2 / 4 / 7        not measured yet    not measured yet    not measured yet
 
 Quality: `--scenario freeze --image-size 96`, all else as it is by default, with `--cache always --views 4`
 and with `--cache never` (a fresh view every epoch), the same three seeds and --view-seed. Accuracy is that of
@@ -29,8 +29,8 @@ the files' val images, the only ones they hold out: nothing is chosen on them. T
 difference are given: Student's over three pairs, which is wide, and a bootstrap over images, which knows
 nothing of seeds. Expected, bar 0.5 points:
 
-    sign_digits    cached TO MEASURE, live TO MEASURE, difference TO MEASURE
-    flowers        cached TO MEASURE, live TO MEASURE, difference TO MEASURE
+    sign_digits    cached not measured yet, live not measured yet, difference not measured yet
+    flowers        cached not measured yet, live not measured yet, difference not measured yet
 """
 
 import argparse
@@ -48,7 +48,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as tlcli does: threads that wait must not count
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as tlcli does
 
 import numpy as np
 import torch

@@ -1,6 +1,6 @@
 """The four scenarios on four data sets in one table, with what the 2x2 rule would have said.
 
-    python examples/experiments/four_scenarios.py --assets ASSETS        TO MEASURE minutes on two cores
+    python examples/experiments/four_scenarios.py --assets ASSETS        minutes not measured yet
 
 MobileNetV2 pretrained on ImageNet, 64 pixels, 3 seeds. hymenoptera is small and similar to ImageNet,
 sign_digits and neu small and dissimilar, and 2,500 images of CIFAR-10 stand for large and similar; a large
@@ -10,7 +10,7 @@ need. Small images cost all scenarios accuracy: at 224 pixels a head alone reach
 
 Expected, mean (lowest..highest), with the rule's choice marked:
 
-    TO MEASURE
+    not measured yet
 """
 
 from runs import accuracies, begin, interval, seconds, spread, table

@@ -1,6 +1,6 @@
 """Signs of the hand, two ways: an MLP head on a frozen backbone, against freezing eight units alone.
 
-    python examples/experiments/handwriting_two_ways.py --assets ASSETS      TO MEASURE minutes on two cores
+    python examples/experiments/handwriting_two_ways.py --assets ASSETS      10 minutes on two cores
 
 sign_digits (1,443 train, 619 val: hand signs for the ten digits, unlike anything in ImageNet) at 96 pixels on
 MobileNetV2, 3 seeds. The head sees what 18 frozen units made of the image; with `--freeze 8` ten units learn
@@ -8,9 +8,9 @@ to see hands, from activations that are cached once.
 
 Expected, mean (lowest..highest):
 
-    frozen, linear head      TO MEASURE
-    frozen, MLP head         TO MEASURE
-    --freeze 8               TO MEASURE
+    frozen, linear head      0.908 (0.908..0.910)      6 s each
+    frozen, MLP head         0.908 (0.905..0.911)    121 s each: a grid of 18 MLPs on 5 folds
+    --freeze 8               0.999 (0.997..1.000)     46 s each
 """
 
 from runs import accuracies, begin, interval, seconds, spread, table

