@@ -1,7 +1,7 @@
 """An epoch of `--freeze K` from cached rows against computing the frozen units anew; quality of cached views.
 
-    python examples/benchmarks/freeze.py --assets ASSETS               speed         not measured yet minutes
-    python examples/benchmarks/freeze.py --assets ASSETS --quality     accuracy      not measured yet minutes
+    python examples/benchmarks/freeze.py --assets ASSETS               speed         6 minutes
+    python examples/benchmarks/freeze.py --assets ASSETS --quality     accuracy
 
 (on two cores; `--quick` shows in a minute that either runs). ASSETS holds `mobilenetv2_100.imagenet` and the
 data sets; the ResNet-18, and any other network of --networks, is random, which costs the same. On a GPU at
@@ -17,11 +17,11 @@ threads, in the same compute type. The ceiling of the speed-up is
 (decode + augment + prefix + step) / step. Speed-up, ceiling and their ratio are medians of the repeats'
 own. Expected, bar 0.8:
 
-    network, images, frozen units                  speed-up      ceiling       ratio
-    mobilenetv2, sign_digits at 128, 4 / 9 / 14    not measured yet    not measured yet    not measured yet
-    mobilenetv2, hymenoptera at 224, 4 / 9 / 14    not measured yet    not measured yet    not measured yet
-    resnet18, sign_digits at 128, 2 / 4 / 7        not measured yet    not measured yet    not measured yet
-    resnet18, hymenoptera at 224, 2 / 4 / 7        not measured yet    not measured yet    not measured yet
+    network, pixels, frozen units          speed-up              ceiling               ratio
+    mobilenetv2, signs, 128, 4 / 9 / 14    1.25 / 1.54 / 2.39    1.24 / 1.62 / 2.55    1.00 / 0.95 / 0.94
+    mobilenetv2, hymen., 224, 4 / 9 / 14   1.12 / 1.44 / 2.43    1.31 / 1.76 / 3.46    0.85 / 0.82 / 0.70
+    resnet18, signs, 128, 2 / 4 / 7        1.11 / 1.17 / 1.55    1.26 / 1.39 / 1.76    0.88 / 0.84 / 0.88
+    resnet18, hymen., 224, 2 / 4 / 7       not measured yet
 
 Quality: `--scenario freeze --image-size 96`, all else as it is by default, with `--cache always --views 4`
 and with `--cache never` (a fresh view every epoch), the same three seeds and --view-seed. Accuracy is that of
