@@ -367,9 +367,13 @@ def test_blocks_and_batches_change_no_result(monkeypatch, name, value):
         # The tolerance determines weakly penalised heads less well: there 1e-4 is little curvature's worth.
         close = 2e-3 if one["l2"] > 5e-3 else 2e-2
         assert one["cv_log_loss"] == pytest.approx(two["cv_log_loss"], abs=close)
-    # Processors round bf16 products differently; what the tolerance leaves open shows in large logits first.
-    one, two = (fitted.head.logits(features).softmax(1) for fitted in (usual, other))
-    torch.testing.assert_close(two, one, atol=5e-3, rtol=0)
+    one, two = (fitted.head.logits(features) for fitted in (usual, other))
+    if name.endswith("SMALL_ELEMENTS"):
+        # The one case that goes to bf16 products, which processors round differently; what the solver's
+        # tolerance leaves open shows in large logits first, so probabilities are compared.
+        torch.testing.assert_close(two.softmax(1), one.softmax(1), atol=5e-3, rtol=0)
+    else:
+        torch.testing.assert_close(two, one, atol=5e-3, rtol=5e-3)
 
 
 def test_large_work_is_thinned_and_says_so(monkeypatch, caplog):
