@@ -106,6 +106,16 @@ def test_it_learns_and_says_how():
     assert float(found) == pytest.approx(last["val_log_loss"], rel=1e-5)
 
 
+def test_a_network_that_was_trained_before_trains_as_a_new_one_does_with_amp_too():
+    net, _ = run(recipe(), amp="bf16")
+    net.load_state_dict(network().state_dict())
+    _, again = run(recipe(), net=net, amp="bf16")
+    _, fresh = run(recipe(), amp="bf16")
+    assert without_seconds(again.history) == without_seconds(fresh.history)
+    net.eval()
+    assert net(torch.ones(1, WIDTH, 1, 1)).dtype == torch.float32  # and nothing of AMP is left behind
+
+
 def test_a_seed_is_a_result_and_threads_are_not():
     nets = [run(recipe(seed=seed), workers=workers)[0] for seed, workers in ((1, 1), (1, 3), (2, 1))]
     assert same(state_of(nets[0]), state_of(nets[1]))

@@ -225,6 +225,9 @@ class _Loop:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        # What is marked as prepared would train without AMP the next time.
+        for name in ("_is_accelerate_prepared", "forward"):
+            vars(self.network).pop(name, None)
         self.network.to("cpu").eval()
         self.network.zero_grad(set_to_none=True)
 
