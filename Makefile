@@ -1,5 +1,6 @@
 # make demo   see the whole path on handwritten digits, offline, in minutes
 # make test   format check, lint, types, tests
+# make faults the whole fault sweep, in minutes
 #
 # Both create .venv and install what they need the first time; a second call installs nothing until
 # pyproject.toml changes. pip's own PIP_* variables are honoured, PYTHON=... names another interpreter.
@@ -9,12 +10,13 @@ PYTHON ?=
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test real format clean distclean
+.PHONY: help demo test faults real format clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo       the whole path on handwritten digits, offline, in minutes'
 	@echo 'make test       format check, lint, types and tests'
+	@echo 'make faults     fail or kill every system call of the cache and the run directory, in turn'
 	@echo 'make real       tests on real data, found through TLCLI_REAL_ASSETS'
 	@echo 'make format     format the code and fix what can be fixed by itself'
 	@echo 'make clean      delete what demo and tests leave behind'
@@ -28,6 +30,9 @@ test: $(VENV)/.stamp-test
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 	$(RUN) -m pytest
+
+faults: $(VENV)/.stamp-test
+	OPENBLAS_NUM_THREADS=1 $(RUN) tests/faults/sweep.py
 
 real: $(VENV)/.stamp-test
 	$(RUN) -m pytest -m 'real and not slow and not gpu and not network'

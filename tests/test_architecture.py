@@ -35,6 +35,7 @@ LAYERS = (
     {"data", "backbones", "cache"},
     {
         "features",
+        "canary",
         "feature_store",
         "heads",
         "folds",
@@ -48,6 +49,7 @@ LAYERS = (
         "checkpoints",
         "optimization",
         "training",
+        "run_writer",
         "runs",
         "metrics",
         "figures",
@@ -69,6 +71,7 @@ LIGHT = {
     "option_groups",
     "progress",
     "interrupts",
+    "run_writer",
     "cli",
     "__init__",
     "__main__",

@@ -13,11 +13,11 @@ import timm
 import torch
 import yaml
 
-from tlcli import mlp, runs
+from tlcli import mlp, run_writer, runs
 from tlcli.backbones.zoo import load_backbone
 from tlcli.cache import files
 from tlcli.config import FinetuneConfig
-from tlcli.errors import BackboneError, DataError, Interrupted, UsageError
+from tlcli.errors import BackboneError, DataError, Interrupted, StorageError, UsageError
 from tlcli.linear import LinearHead
 from tlcli.option_groups import BackboneOptions
 from tlcli.runs import RunWriter, check_output, default_run_dir, open_run
@@ -284,14 +284,94 @@ def test_a_run_is_replaced_only_by_one_that_is_done(run, caplog):
     with pytest.raises(ZeroDivisionError), RunWriter(run, FinetuneConfig(), {}):
         _ = 1 / 0
     assert json.loads((run / "run.json").read_text())["status"] == "failed"
-    (kept,) = run.parent.glob(".run.replaced-*")
+    kept = run.with_name(".run.replaced-1")
     assert (kept / "run.json").read_text() == before
     assert str(kept) in caplog.text
-    shutil.rmtree(run)
-    kept.rename(run)
+    with pytest.raises(DataError, match="not done") as caught:
+        open_run(str(run))
+    assert str(kept) in caught.value.hint
+    with RunWriter(run, FinetuneConfig(), {}):
+        pass  # ends, and is still not done
+    assert {path.name for path in run.parent.glob(".run.replaced-*")} == {kept.name, ".run.replaced-2"}
     write(run, backbone, head_of(backbone))
     assert not (run / "report.html").exists()
-    assert not list(run.parent.glob(".run.replaced-*"))
+    assert {path.name for path in run.parent.iterdir() if path.name.startswith(".")} == set()
+
+
+def test_an_interrupted_overwrite_is_told_and_gone_on_with(run):
+    """Killed between the two steps: the old run is out of the way, the new one has not begun."""
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    kept = run.rename(run.with_name(".run.replaced-1"))
+    assert str(kept) in refused(run).message
+    with pytest.raises(DataError, match="does not exist") as caught:
+        open_run(str(run))
+    assert str(kept) in caught.value.hint
+    run.mkdir()  # or it had made the folder, and half of a file in it
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (run / f".tmp-{files.HOST}-{process.pid}-{'0' * 32}").write_text("half")
+    assert str(kept) in refused(run).message
+    given = config(output=str(run), overwrite=True)
+    check_output(given)
+    with RunWriter(run, given, BEGUN) as writer:
+        assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+        writer.finish({})
+    assert {path.name for path in run.parent.iterdir() if path.name.startswith(".")} == set()
+    assert {path.name for path in run.iterdir()} == {"run.json", "config.yaml"}
+
+
+def test_a_default_directory_is_not_that_of_an_interrupted_overwrite(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = default_run_dir("photos", "resnet18", "full")
+    (first.parent / f".{first.name}.replaced-1").mkdir(parents=True)
+    assert default_run_dir("photos", "resnet18", "full").name == f"{first.name}-2"
+
+
+def test_a_run_that_cannot_be_begun_leaves_the_old_one_in_place(run, monkeypatch):
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "publish", full)
+    with pytest.raises(StorageError, match="No space left") as caught:
+        RunWriter(run, FinetuneConfig(), {}).__enter__()
+    assert str(run) in caught.value.message
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert [path.name for path in run.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_run_that_is_a_link_is_replaced_and_its_target_kept(run, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(run)
+    with RunWriter(link, FinetuneConfig(), {}) as writer:
+        writer.finish({})
+    assert not link.is_symlink()
+    assert json.loads((link / "run.json").read_text())["status"] == "done"
+    assert (run / "model.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_replaced_run_that_cannot_be_removed_is_told(run, monkeypatch, caplog):
+    def refuse(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with RunWriter(run, FinetuneConfig(), {}) as writer:
+        writer.finish({})
+        monkeypatch.setattr(files, "remove_tree", refuse)
+    assert "could not be removed: Permission denied" in caplog.text
+    monkeypatch.undo()
+    (left,) = [path for path in run.parent.iterdir() if path.name.startswith(".")]
+    assert str(left) in caplog.text
+    assert json.loads((run / "run.json").read_text())["status"] == "done"
+
+
+def test_the_working_directory_can_be_a_run_too(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    assert not refused(".")
+    (tmp_path / ".run.replaced-1").mkdir()
+    assert str(tmp_path / ".run.replaced-1") in refused(".").message
 
 
 def test_a_run_is_running_until_it_is_done(tmp_path):
@@ -490,11 +570,11 @@ def test_every_option_that_can_change_the_result_is_compared(tmp_path, item):
     object.__setattr__(right, item.name, "another")
     with RunWriter(tmp_path / "run", left, BEGUN) as writer:
         pass
-    if item.name in runs.MAY_DIFFER:
-        runs._check_same(tmp_path / "run", right, writer.facts, writer.facts)
+    if item.name in run_writer.MAY_DIFFER:
+        run_writer.check_same(tmp_path / "run", right, writer.facts, writer.facts)
     else:
         with pytest.raises(UsageError, match=f"--{item.name.replace('_', '-')} was .*now another"):
-            runs._check_same(tmp_path / "run", right, writer.facts, writer.facts)
+            run_writer.check_same(tmp_path / "run", right, writer.facts, writer.facts)
 
 
 def test_other_data_is_refused(tmp_path):

@@ -254,6 +254,7 @@ def decide(
     num_views: int,
     workers: int,
     amp: torch.dtype | None = None,
+    max_bytes: int | None = None,
 ) -> CachingDecision:
     """Return where to cache the frozen work of a training, from a measurement of a few seconds.
 
@@ -266,6 +267,7 @@ def decide(
         num_views: Views of each training image that a cache would hold.
         workers: Threads.
         amp: Reduced compute type of the training, if any.
+        max_bytes: Size that the cache must not grow beyond; None is no limit.
 
     Raises:
         StorageError: The cache's folder cannot be read or trusted.
@@ -275,13 +277,13 @@ def decide(
         splits = collection.splits
         views = [range(num_views if split == "train" else 1) for split in splits]
         if len(splits) < FEW_IMAGES:
-            store = FeatureStore(extractor)
+            store = FeatureStore(extractor, max_bytes=max_bytes)
             rows = store.num_new(collection.fingerprints, views)
             fits = rows * extractor.row_bytes <= store.store.free_bytes()
             found = _unmeasured(rows if fits else math.inf, len(splits), epochs)
         else:
             trial = _Trial(extractor, amp)
-            costs = measure(trial, collection, views, workers)
+            costs = measure(trial, collection, views, workers, max_bytes)
             found = _possible(extractor, dataclasses.replace(costs, epochs=epochs))
     decision = processes.from_main(found)
     assert decision is not None
@@ -431,7 +433,11 @@ class _Trial:
 
 
 def measure(
-    trial: _Trial, collection: Collection, views: Sequence[Sequence[int]], workers: int
+    trial: _Trial,
+    collection: Collection,
+    views: Sequence[Sequence[int]],
+    workers: int,
+    max_bytes: int | None = None,
 ) -> CachingCosts:
     """Return the costs of one image and row, measured on a few images.
 
@@ -442,9 +448,10 @@ def measure(
         collection: Training and validation images.
         views: The views of each that a cache would hold.
         workers: Threads.
+        max_bytes: Size that the cache must not grow beyond; None is no limit.
     """
     extractor = trial.extractor
-    store = FeatureStore(extractor)
+    store = FeatureStore(extractor, max_bytes=max_bytes)
     free = store.store.free_bytes()
     num_views, num_rows = max(map(len, views)), sum(map(len, views))
     with torch_threads(1):  # as each of the threads that load has

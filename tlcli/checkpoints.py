@@ -108,19 +108,29 @@ class Checkpoints:
         """Return the newest intact checkpoint, or None; what is damaged is named in a warning.
 
         Raises:
-            BackboneError: A file is what its hash says and yet no state: it was not written by tlcli.
+            BackboneError: There are checkpoints and none is intact: beginning anew without a word would
+                throw away what was trained. Or a file is what its hash says and yet no state: it was not
+                written by tlcli.
             StorageError: A file cannot be read for a reason that says nothing of its content.
         """
         paths: list[Path] | None = None
+        reasons: list[str] = []
         while paths != (paths := self._paths()):  # again, should another process save meanwhile
+            reasons.clear()
             for path in reversed(paths):
                 try:
                     return _load(path)
                 except _Damaged as damage:
                     logger.warning("checkpoint %s is skipped: %s", path, damage)
                     self._damaged.add(path)
+                    reasons.append(f"{path.name}: {damage}")
                 except OSError as error:
                     raise _storage_error("read", path, error) from error
+        if reasons:
+            raise BackboneError(
+                f"None of the checkpoints in {str(self.folder)!r} is intact. {'; '.join(reasons)}.",
+                hint=f"Remove {self.folder} to train from the start.",
+            )
         return None
 
     def clear(self) -> None:
@@ -346,7 +356,7 @@ def load_optimizer_state(
     device = parameters[0].device
     try:
         state = _unpacked(facts["state"], tensors, device)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BackboneError(f"The checkpoint's state of {_name(optimizer)} is damaged: {error!r}.") from error
     try:
         optimizer.load_state_dict(state)

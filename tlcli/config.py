@@ -26,6 +26,9 @@ from tlcli.option_groups import (
     same,
 )
 
+MAX_CONFIG_BYTES = 2**16
+_CONFIG_HINT = "Write one `option: value` a line, as in `val-fraction: 0.3`."
+
 T = TypeVar("T")
 Scenario = Literal["feature-extraction", "freeze", "full", "scratch"]
 
@@ -138,6 +141,7 @@ class EvaluateConfig:
     allow_outside_root: bool = same(DataOptions, "allow_outside_root")
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "Compute type; auto is the run's own.")
     cache: CacheMode = same(FeatureOptions, "cache")
+    cache_max_size: str = same(FeatureOptions, "cache_max_size")
     device: Device = same(FeatureOptions, "device")
     workers: int | None = same(FeatureOptions, "workers")
     min_accuracy: float | None = option(
@@ -222,6 +226,12 @@ class DataCheckConfig(DataOptions):
 
     workers: int | None = same(FeatureOptions, "workers")
     min_per_class: int = option(5, "Warn of a class with fewer training images.", minimum=1)
+    isolate: float | None = option(
+        None,
+        "Decode in child processes, each image within this time: names what crashes or hangs a decoder.",
+        metavar="SECONDS",
+        minimum=0.1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,28 +322,12 @@ def read_config_file(path: str | Path, known: set[str]) -> dict[str, Any]:
         known: Field names the command has.
 
     Raises:
-        UsageError: The file is not a YAML mapping, or has an unknown key (the nearest is named).
-        DataError: The file is missing or cannot be read.
+        UsageError: The file is not a YAML mapping of options to plain values or lists of them, or has an
+            unknown key (the nearest is named).
+        DataError: The file is missing, too large or cannot be read.
     """
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Configuration {str(path)!r} cannot be read: {error}.") from error
-    try:
-        loaded = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"Configuration {str(path)!r} is not YAML: {error}") from error
-    if loaded is None:
-        loaded = {}
-    if not isinstance(loaded, dict):
-        raise UsageError(
-            f"Configuration {str(path)!r} holds a {type(loaded).__name__}, not a mapping.",
-            hint="Write one `option: value` a line, as in `val-fraction: 0.3`.",
-        )
-    options = {}
-    for key, value in loaded.items():
+    options: dict[str, Any] = {}
+    for key, value in _load_mapping(str(path)).items():
         name = str(key).replace("-", "_")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -341,9 +335,88 @@ def read_config_file(path: str | Path, known: set[str]) -> dict[str, Any]:
                 f"Did you mean {long_name(near[0])}?" if near else "See the command's --help for its options."
             )
             raise UsageError(f"Configuration {str(path)!r} has an unknown option {str(key)!r}.", hint=hint)
+        if name in options:
+            raise UsageError(f"Configuration {str(path)!r} has {long_name(name)} twice.", hint=_CONFIG_HINT)
+        if not all(map(_is_plain, value if isinstance(value, list) else ["" if value is None else value])):
+            raise UsageError(
+                f"Configuration {str(path)!r} has a value for {long_name(name)} that no option can take.",
+                hint=_CONFIG_HINT,
+            )
         if value is not None:
             options[name] = value
     return options
+
+
+def _is_plain(value: object) -> bool:
+    """Return whether a command line can hold `value`."""
+    try:
+        return value is not None and b"\0" not in str(value).encode("utf-8", "surrogateescape")
+    except ValueError:  # half of a surrogate pair, or a number of very many digits
+        return False
+
+
+def _load_mapping(path: str) -> dict[Any, Any]:
+    """Return what a small YAML file says; raises as `read_config_file`."""
+    import yaml
+
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+        if len(content) > MAX_CONFIG_BYTES:
+            raise DataError(
+                f"Configuration {path!r} has more than {MAX_CONFIG_BYTES:,} bytes.", hint=_CONFIG_HINT
+            )
+        text = content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"Configuration {path!r} cannot be read: {error}.", hint="Name a YAML file."
+        ) from error
+    try:
+        if refused := _refused_yaml(text):
+            raise UsageError(f"Configuration {path!r} holds {refused}.", hint=_CONFIG_HINT)
+        loaded = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: 2001-99-99 looks like a date
+        raise UsageError(f"Configuration {path!r} is not YAML: {error}", hint=_CONFIG_HINT) from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UsageError(
+            f"Configuration {path!r} holds a {type(loaded).__name__}, not a mapping.", hint=_CONFIG_HINT
+        )
+    return loaded
+
+
+def _refused_yaml(text: str) -> str | None:
+    """Return what `text` holds beside options with plain values or lists of them, or None.
+
+    Looks at events, before anything is built: nesting that overflows the stack and aliases that multiply are
+    refused here.
+
+    Raises:
+        yaml.YAMLError: It is not YAML.
+    """
+    import yaml
+
+    depth = 0
+    keys: list[str | None] = []  # and values: what stands directly in the mapping, by turns
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1 if event.start_mark else 0
+        if isinstance(event, yaml.AliasEvent):
+            return f"an alias on line {line}"
+        if isinstance(event, yaml.NodeEvent) and getattr(event, "tag", None):
+            return f"a tag on line {line}"
+        if depth == 1 and isinstance(event, yaml.NodeEvent):
+            name = getattr(event, "value", None)
+            if len(keys) % 2 == 0 and name is not None and name in keys[::2]:
+                return f"{name!r} twice, again on line {line}"
+            keys.append(name)
+        if isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > (1 if isinstance(event, yaml.MappingStartEvent) else 2):
+                return f"values inside values on line {line}"
+    return None
 
 
 def to_options(config: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -15,8 +15,10 @@ import torch
 
 from tlcli import metrics, paths
 from tlcli.cache import files
+from tlcli.cache.store import parse_size
 from tlcli.config import EvaluateConfig, from_options
 from tlcli.data.collection import Collection, collect
+from tlcli.data.listing import spreadsheet_cell
 from tlcli.errors import DataError, StorageError, UsageError
 from tlcli.extract import FeaturePlan, compute_features, plan_features, read_rows
 from tlcli.features import Extractor, Features
@@ -76,7 +78,10 @@ def plan_evaluate(config: EvaluateConfig, progress: Progress) -> tuple[Run, Feat
     stored_as = "auto" if tuned else run.facts["options"].get("cache-dtype", "auto")
     cache: CacheMode = "never" if tuned and config.cache == "auto" else config.cache
     extractor = Extractor(run.backbone(), device=config.device, dtype=dtype, cache_dtype=stored_as)
-    return run, plan_features(collection, extractor, cache=cache, workers=workers, max_bad=config.max_bad)
+    return run, plan_features(
+        collection, extractor, cache=cache, workers=workers, max_bad=config.max_bad,
+        max_bytes=parse_size(config.cache_max_size),
+    )  # fmt: skip
 
 
 def _selected_on(run: Run) -> str | None:
@@ -193,6 +198,10 @@ def measure(
     """
     labels = np.array([sample.label for sample in collection.samples], np.int64)
     found = metrics.measure(logits, labels, majority_class=majority_class)
+    present = set(labels.tolist())
+    if absent := [repr(name) for index, name in enumerate(class_names) if index not in present]:
+        more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
+        logger.warning("%s has no samples of %s%s", split, ", ".join(absent[:10]), more)
     for name, scores in zip(class_names, found["per_class"], strict=True):
         scores["class_name"] = name
     probabilities = metrics.softmax(logits)
@@ -215,14 +224,16 @@ def measure(
 
 
 def write_evaluation(run_dir: Path, split: str, evaluation: Evaluation) -> None:
-    """Write evaluation-SPLIT.json and predictions-SPLIT.csv."""
+    """Write evaluation-SPLIT.json and predictions-SPLIT.csv (with texts as `spreadsheet_cell` has them)."""
     text = json.dumps(evaluation.document, indent=2, allow_nan=False) + "\n"
     table = io.StringIO()
     writer = csv.DictWriter(
         table, ["file", "label", "predicted", "probability"], lineterminator="\n", extrasaction="ignore"
     )
     writer.writeheader()
-    writer.writerows(evaluation.predictions)
+    for item in evaluation.predictions:
+        texts = {name: spreadsheet_cell(item[name]) for name in ("file", "label", "predicted")}
+        writer.writerow({**item, **texts})
     for name, content in ((f"evaluation-{split}.json", text), (f"predictions-{split}.csv", table.getvalue())):
         try:
             files.publish(run_dir / name, [content.encode("utf-8", "surrogateescape")])

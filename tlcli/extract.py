@@ -8,9 +8,10 @@ import csv
 import json
 import logging
 import os
+import threading
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ import torch
 from tlcli import paths, processes
 from tlcli.backbones.zoo import Backbone, load_backbone
 from tlcli.cache import files
+from tlcli.cache.store import parse_size
 from tlcli.config import ExtractConfig
 from tlcli.data.audit import require_usable
 from tlcli.data.augment import AugmentPolicy, resolve_policy
 from tlcli.data.collection import Collection, collect
 from tlcli.data.decode import BadImage
+from tlcli.data.listing import spreadsheet_cell
 from tlcli.errors import CheckFailed, StorageError, UsageError
 from tlcli.feature_store import FeatureStore
 from tlcli.features import Extractor, Features, Views, to_numpy
@@ -33,6 +36,7 @@ from tlcli.progress import Progress, Silent
 
 logger = logging.getLogger(__name__)
 
+_COUNTING = threading.Lock()  # for counts that several threads correct
 TRIAL_ROWS = 64  # fewer missing rows are not worth a trial to predict their time
 
 
@@ -49,6 +53,7 @@ class FeaturePlan:
         rows_to_compute: Rows that are not there yet.
         new_bytes: Bytes the cache will grow by.
         predicted_seconds: About how long computing will take.
+        results: What `compute_features` found; `read_rows` corrects the last when cached rows prove damaged.
     """
 
     collection: Collection
@@ -59,6 +64,7 @@ class FeaturePlan:
     rows_to_compute: int
     new_bytes: int
     predicted_seconds: float
+    results: list[Features] = field(default_factory=list)
 
     @property
     def rows_to_reuse(self) -> int:
@@ -121,6 +127,7 @@ def plan_features(
     workers: int,
     max_bad: float,
     num_views: int = 1,
+    max_bytes: int | None = None,
 ) -> FeaturePlan:
     """Return what computing the missing rows will take; refuses what cannot fit.
 
@@ -131,12 +138,13 @@ def plan_features(
         workers: Threads.
         max_bad: Share of bad images above which the work stops.
         num_views: Views of each training image, view 0 among them; other images have view 0 alone.
+        max_bytes: Size that the cache must not grow beyond; None is no limit.
 
     Raises:
         StorageError: Too little space, or the cache cannot be written or trusted.
         ResourceError: With --cache never, too little memory.
     """
-    store = FeatureStore(extractor, cache)
+    store = FeatureStore(extractor, cache, max_bytes=max_bytes)
     views = views_of(collection, num_views)
     todo = store.missing(collection.samples, collection.fingerprints, views)
     stored = store.num_new(collection.fingerprints, views)
@@ -175,6 +183,7 @@ def compute_features(
         together=True,
         stop=lambda num_bad: num_bad > plan.max_bad * total,
     )
+    plan.results.append(features)
     if features.bad_images:
         if bad_images_path is not None and processes.is_main():
             write_bad_images(bad_images_path, features.bad_images)
@@ -252,7 +261,7 @@ def plan_extract(config: ExtractConfig, progress: Progress) -> FeaturePlan:
     extractor = make_extractor(load_backbone(config), config, policy=policy)
     return plan_features(
         collection, extractor, cache=config.cache, workers=workers, max_bad=config.max_bad,
-        num_views=num_views,
+        num_views=num_views, max_bytes=parse_size(config.cache_max_size),
     )  # fmt: skip
 
 
@@ -315,10 +324,15 @@ def read_rows(plan: FeaturePlan, collection: Collection, views: Sequence[int] | 
     if missing:
         logger.warning("%d cached rows were damaged or gone; they are computed again", len(missing))
         again = collection.select(missing)
-        plan.store.fill(
+        found = plan.store.fill(
             again.samples, again.fingerprints, workers=plan.workers, progress=Silent(),
             views=[(views[place],) for place in missing] if views else None,
         )  # fmt: skip
+        with _COUNTING:
+            for features in plan.results[-1:]:
+                changed = min(found.rows_computed, features.rows_reused)
+                features.rows_reused -= changed
+                features.rows_computed += changed
         rows, missing = plan.store.read(keys, views)
     if missing:
         raise StorageError("The cache changes while it is read.", hint="Run the same command again.")
@@ -372,15 +386,17 @@ def _export_csv(
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["file", "label", "split", *(f"feature_{i}" for i in range(flat.shape[1]))])
         for name, label, split, row in zip(names, labels, splits, to_numpy(flat), strict=True):
-            writer.writerow([name, label, split, *(f"{value:.9g}" for value in row)])
+            writer.writerow(
+                [spreadsheet_cell(name), spreadsheet_cell(label), split, *(f"{value:.9g}" for value in row)]
+            )
 
 
 def write_bad_images(path: Path, bad_images: Sequence[BadImage]) -> None:
-    """Write the skipped images as CSV: file, reason."""
+    """Write the skipped images as CSV: file (as `spreadsheet_cell` has it), reason."""
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["file", "reason"])
-        writer.writerows((image.name, image.reason) for image in bad_images)
+        writer.writerows((spreadsheet_cell(image.name), image.reason) for image in bad_images)
 
 
 def _warn_odd_formats(collection: Collection) -> None:
@@ -392,7 +408,7 @@ def _warn_odd_formats(collection: Collection) -> None:
     odd = [sample.name for sample in collection.samples if Path(sample.name).suffix.lower() in RARE_FORMATS]
     if usual not in RARE_FORMATS and odd and count >= 20 * len(odd):
         logger.warning(
-            "%d of %d images differ in format from the rest, such as %s: `tlcli data check` looks closer",
+            "%d of %d images differ in format from the rest, such as %r: `tlcli data check` looks closer",
             len(odd), len(collection.samples), odd[0],
         )  # fmt: skip
 

@@ -4,19 +4,21 @@ The rows of view 0 live in the plain entry, which every augmentation shares; tho
 entry whose key also holds the augmentation and its seed. Views added later cost their own rows alone.
 """
 
+import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
-from tlcli import memory, paths, processes
+from tlcli import canary, memory, paths, processes
 from tlcli.cache.entry import Entry
 from tlcli.cache.files import size_text
 from tlcli.cache.key import RowKey
+from tlcli.cache.shard import TABLE_BYTES, environment
 from tlcli.cache.store import Store
 from tlcli.cache.writer import Writer
 from tlcli.data.decode import BadImage
@@ -27,7 +29,6 @@ from tlcli.features import PLAIN_VIEW, Array, Extractor, Features, Item, to_tens
 from tlcli.option_groups import CacheMode
 from tlcli.progress import Progress
 
-TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # largest relative difference `--cache verify` accepts
 MEMORY_SHARE = 0.8  # of what is available, for the rows of --cache never
 PLAIN = (PLAIN_VIEW,)
 
@@ -64,30 +65,83 @@ class FeatureStore:
     Args:
         extractor: Computes what is missing.
         mode: auto and always use the cache, never does not, verify recomputes everything and compares.
+        max_bytes: Size that the cache must not grow beyond; None is no limit.
 
     Attributes:
         entry: The cache entry of view 0; None with --cache never.
         views_entry: That of the other views; None also where the extractor has no augmentation.
     """
 
-    def __init__(self, extractor: Extractor, mode: CacheMode = "auto") -> None:
+    def __init__(
+        self, extractor: Extractor, mode: CacheMode = "auto", *, max_bytes: int | None = None
+    ) -> None:
         self.extractor = extractor
         self.mode = mode
-        self.store = Store(paths.features_dir())
+        self._max_bytes = max_bytes
         cached = mode != "never"
         self.entry: Entry | None = self.store.entry(extractor.spec) if cached else None
         views_spec = extractor.views_spec if cached else None
         self.views_entry: Entry | None = self.store.entry(views_spec) if views_spec else None
         self._memory: dict[RowKey, Array] = {}
         self._lock = threading.RLock()
+        self._env = environment(extractor.environment())
+        self._trusted: dict[str, set[str]] = {}  # entry key -> environments whose rows are used
+        self._refused: dict[str, set[str]] = {}
+        for entry in self._entries():
+            self._trusted[entry.key], self._refused[entry.key] = {self._env}, set()
+            entry.trust(self._trusted[entry.key])
+
+    @functools.cached_property
+    def store(self) -> Store:
+        """The cache, whose folder need not even be there with --cache never."""
+        return Store(paths.features_dir(), max_bytes=self._max_bytes)
+
+    def _entries(self) -> list[Entry]:
+        return [entry for entry in (self.entry, self.views_entry) if entry is not None]
 
     def known(self) -> set[RowKey]:
-        """Return the keys (SHA-256 and view) of the rows that are there now."""
+        """Return the keys (SHA-256 and view) of the rows that are there now.
+
+        Rows of other library versions are among them until `missing` finds that they disagree.
+        """
         if self.entry is None:
             return set(self._memory)
         with self._lock:
-            plain = {key for key in self.entry.rows() if key[1] == PLAIN_VIEW}
-            return plain | (self.views_entry.rows() if self.views_entry else set())
+            found = set[RowKey]()
+            for entry in self._entries():
+                rows = entry.rows().union(*(self._foreign_rows(entry).values()))
+                found |= {key for key in rows if (key[1] == PLAIN_VIEW) == (entry is self.entry)}
+            return found
+
+    def _foreign_rows(self, entry: Entry) -> dict[str, set[RowKey]]:
+        """Return the rows of each environment that was not compared yet, as of the last look."""
+        decided = self._trusted[entry.key] | self._refused[entry.key]
+        found: dict[str, set[RowKey]] = {}
+        for shard in entry.shards():
+            if shard.env not in decided:
+                found.setdefault(shard.env, set()).update(shard.row_keys())
+        return found
+
+    def _judge(self, wanted: Mapping[RowKey, Sample]) -> None:
+        """Decide whether rows of other library versions are used, where they are wanted; see canary.py.
+
+        With --cache verify they are, since each is compared before.
+        """
+        for entry in self._entries():
+            there = entry.rows()
+            for env, rows in sorted(self._foreign_rows(entry).items()):
+                if not (keys := (rows & wanted.keys()) - there):
+                    continue
+                agrees = self.mode == "verify"
+                if not agrees:
+                    stored = self.store.entry(entry.spec)
+                    stored.trust({env})
+                    found = canary.compare(self.extractor, stored, keys, wanted)
+                    canary.tell(entry.key, env, self._env, len(keys), found)
+                    agrees = found.agrees
+                (self._trusted if agrees else self._refused)[entry.key].add(env)
+                entry.trust(self._trusted[entry.key])
+                there = entry.rows()
 
     def missing(
         self,
@@ -102,13 +156,18 @@ class FeatureStore:
             fingerprints: One a sample.
             views: The views wanted of each sample; None is view 0.
         """
-        taken = set() if self.mode == "verify" else self.known()
+        wanted: dict[RowKey, Sample] = {}
+        for sample, found, chosen in zip(samples, fingerprints, views or [PLAIN] * len(samples), strict=True):
+            if found.sha256 is not None:
+                for view in chosen:
+                    wanted.setdefault((found.sha256, view), sample)
+        with self._lock:
+            self._judge(wanted)
+            known = set() if self.mode == "verify" else self.known()
         items: dict[str, tuple[Sample, list[int]]] = {}
-        for sample, found, wanted in zip(samples, fingerprints, views or [PLAIN] * len(samples), strict=True):
-            for view in wanted:
-                if found.sha256 is not None and (found.sha256, view) not in taken:
-                    taken.add((found.sha256, view))
-                    items.setdefault(found.sha256, (sample, []))[1].append(view)
+        for (sha256, view), sample in wanted.items():
+            if (sha256, view) not in known:
+                items.setdefault(sha256, (sample, []))[1].append(view)
         return list(items.values())
 
     def num_new(
@@ -144,7 +203,7 @@ class FeatureStore:
                     hint="Use --cache auto, which keeps them on the disk, or fewer --views.",
                 )
         elif num_rows:
-            self.store.check_space(num_bytes)
+            self.store.check_space(num_bytes + num_rows * TABLE_BYTES)
             if write:
                 self.store.check_writable()
 
@@ -181,7 +240,8 @@ class FeatureStore:
         together = together and self.entry is not None and processes.world_size() > 1
         with self._lock:
             started = time.perf_counter()
-            before, todo = self.known(), self.missing(samples, fingerprints, views)
+            todo = self.missing(samples, fingerprints, views)
+            before = self.known()
             self.check_space(self.num_new(fingerprints, views))
             if together:  # as rank 0 found it, before anything was written
                 before, todo = processes.from_main((before, todo))
@@ -283,10 +343,9 @@ class FeatureStore:
         if missing:
             return False
         work.rows_compared += 1
-        new, old = (to_tensor(value).float() for value in (row, stored[0]))
-        difference = float((new - old).norm() / old.norm().clamp_min(1e-12))
+        difference = canary.relative_difference(row, stored[0])
         work.largest_difference = max(work.largest_difference, difference)
-        if not difference <= TOLERANCE[self.extractor.row_dtype]:
+        if difference > canary.tolerance(self.extractor):
             work.differing.append(name if key[1] == PLAIN_VIEW else f"{name} (view {key[1]})")
         return True
 

@@ -103,6 +103,7 @@ class Extractor:
         self.dtype_choice: DtypeChoice = choose_dtype(dtype, self.device)
         prefix_sha256 = state_sha256(self.cut.prefix)
         self._fast = inference.prepare(self.cut.prefix, size, self.dtype_choice.dtype, self.device)
+        self._fast.module.eval()  # the layers that folding put in, too
         self._fast_sha256 = state_sha256(self._fast.module)
         pooled = len(self.cut.row_shape) == 1
         self.row_dtype = ("fp32" if pooled else "bf16") if cache_dtype == "auto" else cache_dtype
@@ -143,23 +144,35 @@ class Extractor:
 
     def environment(self) -> dict[str, Any]:
         """Return versions and device, recorded with the rows but no part of their key."""
+        import PIL
         import timm
         import torchvision
 
+        device = self.device.type  # not its number: equal GPUs compute alike
+        if device == "cuda":
+            device += f" {torch.cuda.get_device_name(self.device)}"
+        elif device == "cpu":
+            device += f" {torch.backends.cpu.get_cpu_capability()}"
         return {
             "tlcli": __version__,
             "torch": str(torch.__version__),
             "torchvision": str(torchvision.__version__),
             "timm": str(timm.__version__),
-            "device": str(self.device),
+            "pillow": PIL.__version__,
+            "device": device,
         }
 
     def check_unchanged(self) -> None:
         """Refuse rows of a prefix that is no longer the one the key was made of.
 
         Raises:
-            BackboneError: A weight or buffer changed since the start.
+            BackboneError: A weight or buffer changed since the start, or a layer is in train mode.
         """
+        if any(layer.training for layer in self._fast.module.modules()):
+            raise BackboneError(
+                "The backbone is in train mode while features are computed; these features are not kept.",
+                hint="Nothing may train the prefix during extraction.",
+            )
         if state_sha256(self._fast.module) != self._fast_sha256:
             raise BackboneError(
                 "The backbone's weights changed while features were computed; these features are not kept.",

@@ -16,6 +16,7 @@ from typing import Any
 
 from tlcli import metrics, paths, processes, tuning
 from tlcli.backbones.zoo import load_backbone
+from tlcli.cache.store import parse_size
 from tlcli.checkpoints import Checkpoints
 from tlcli.config import FinetuneConfig, to_options
 from tlcli.data.collection import Collection, collect
@@ -130,8 +131,9 @@ def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
     if scenario == "feature-extraction":
         extractor = make_extractor(load_backbone(config), dataclasses.replace(config, freeze="all"))
         features: FeaturePlan | None = plan_features(
-            collection, extractor, cache=config.cache, workers=workers, max_bad=config.max_bad
-        )
+            collection, extractor, cache=config.cache, workers=workers, max_bad=config.max_bad,
+            max_bytes=parse_size(config.cache_max_size),
+        )  # fmt: skip
     else:
         plan = tuning.plan_tuning(config, collection, run_to_continue(config))
         extractor, features = plan.extractor, plan.features

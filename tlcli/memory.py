@@ -1,4 +1,4 @@
-"""How much memory is left for data: what decides whether rows may be kept, and whether files stay cached."""
+"""How much memory is left for data, and which errors say that there was too little."""
 
 import os
 from pathlib import Path
@@ -19,6 +19,14 @@ def available_bytes() -> int:
         if limit is not None and used is not None:
             left = min(left, max(0, limit - used))
     return left
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory is used up, the machine's or a GPU's."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    texts = ("can't allocate memory", "Cannot allocate memory", "ALLOC_FAILED", "can't start new thread")
+    return isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in texts)
 
 
 def _left_on_the_machine() -> int:

@@ -159,6 +159,12 @@ class FeatureOptions:
     cache: CacheMode = option(
         "auto", "Use the feature cache; never bypasses it, verify recomputes everything and compares."
     )
+    cache_max_size: str = option(
+        "200GB",
+        "Refuse work that would grow the cache beyond this, before it begins; lower it on a shared disk, "
+        "raise it for many views of large maps.",
+        metavar="SIZE",
+    )
     device: Device = option(
         "auto", "auto, cpu, cuda, cuda:0 or mps.", envvar="TLCLI_DEVICE", metavar="DEVICE"
     )
@@ -505,7 +511,11 @@ class TrainingOptions:
         0.3, "Weight of the side branches' loss, for networks that have them (GoogLeNet).", minimum=0.0
     )
     grad_accum: int = option(
-        1, "Divide each batch into N passes; raise it when memory runs out.", metavar="N", minimum=1
+        1,
+        "Divide each batch into N passes; raise it when memory runs out.",
+        metavar="N",
+        minimum=1,
+        maximum=1_000_000,
     )
     amp: Literal["auto", "none", "bf16", "fp16"] = option(
         "auto", "Compute type of training; auto is bf16 where the processor is fast at it."
@@ -518,7 +528,7 @@ class TrainingOptions:
     )
 
 
-def grid(text: str, name: str, *, minimum: float, maximum: float = float("inf")) -> tuple[float, ...]:
+def grid(text: str, name: str, *, minimum: float, maximum: float = 1e9) -> tuple[float, ...]:
     """Return the numbers of a comma-separated grid, in order.
 
     Raises:

@@ -18,6 +18,7 @@ import os
 from pathlib import Path
 
 from tlcli import processes
+from tlcli.errors import StorageError
 
 FALSE_WORDS = {"", "0", "false", "no", "off"}
 
@@ -28,11 +29,20 @@ def flag(name: str) -> bool:
 
 
 def home() -> Path:
-    """Return the folder of tlcli's state: TLCLI_HOME, else $XDG_CACHE_HOME/tlcli, else ~/.cache/tlcli."""
+    """Return the folder of tlcli's state: TLCLI_HOME, else $XDG_CACHE_HOME/tlcli, else ~/.cache/tlcli.
+
+    Raises:
+        StorageError: None of them is set, and this user has no home folder.
+    """
     if value := os.environ.get("TLCLI_HOME"):
         return Path(value).expanduser().absolute()
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser().absolute() / "tlcli"
+    try:
+        return Path(cache).expanduser().absolute() / "tlcli"
+    except RuntimeError as error:  # neither HOME nor an entry in the list of users
+        raise StorageError(
+            "There is no home folder to keep the feature cache in.", hint="Set TLCLI_HOME to a folder."
+        ) from error
 
 
 def features_dir() -> Path:

@@ -23,6 +23,7 @@ from typing import Any
 from tlcli import figures
 from tlcli.cache import files
 from tlcli.config import ReportConfig
+from tlcli.data.listing import plain_cell
 from tlcli.errors import DataError, StorageError, UsageError
 from tlcli.runs import open_run
 
@@ -273,7 +274,8 @@ def _mistakes(path: Path) -> Iterator[Mistake]:
         for row in csv.DictReader(file):
             if row["label"] != row["predicted"]:
                 probability = float(row["probability"])
-                yield Mistake(row["file"], row["label"], row["predicted"], probability, row.get("path"))
+                image, label, predicted = (plain_cell(row[key]) for key in ("file", "label", "predicted"))
+                yield Mistake(image, label, predicted, probability, row.get("path"))
 
 
 def _with_picture(mistake: Mistake, path: str | None, root: Path) -> Mistake:
@@ -434,11 +436,19 @@ def _render(**values: Any) -> str:
     )
     environment.filters["percent"] = lambda value: f"{100 * value:.1f}"
     environment.filters["number"] = lambda value: "-" if value is None else f"{value:.3f}"
-    environment.filters["printable"] = lambda text: str(text).encode("utf-8", "backslashreplace").decode()
+    environment.filters["printable"] = _printable
     try:
         return environment.from_string(template).render(**values)
     except jinja2.UndefinedError as error:
         raise KeyError(str(error)) from error
+
+
+def _printable(text: object) -> str:
+    """Return `text` with control characters and bytes that are no UTF-8 as escapes."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode()
+        for letter in str(text)
+    )
 
 
 def _write(path: Path, page: str) -> None:

@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from tlcli import interrupts, processes
 from tlcli.checkpoints import Checkpoint, Checkpoints, load_optimizer_state, optimizer_state
-from tlcli.errors import Interrupted, UsageError
+from tlcli.errors import BackboneError, Interrupted, UsageError
+from tlcli.memory import is_out_of_memory
 from tlcli.network import Network, fp32_where_bf16_is_slow
 from tlcli.optimization import (
     Average,
@@ -484,6 +485,18 @@ class _Loop:
         found = self.setting.checkpoints.newest() if self.setting.checkpoints else None
         if found is None:
             return
+        try:
+            self._take(found)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise BackboneError(
+                f"Checkpoint {str(found.path)!r} is no state of this training: {error!r}.",
+                hint=f"It was not written by tlcli; remove {found.path} to continue from an earlier one.",
+            ) from error
+        logger.info("resumed at step %d, epoch %d of %d", self.step, self.epoch + 1, self.recipe.epochs)
+
+    def _take(self, found: Checkpoint) -> None:
         facts = found.facts
         mine = {**self.recipe.document(), "num_train": len(self.data.labels)}
         different = [
@@ -504,13 +517,12 @@ class _Loop:
             for name, value in _part(found, "average.").items():
                 self.average.values[name].copy_(value)
             self.average.steps = facts["average_steps"]
-        self.step, self.epoch, self.lr = facts["step"], facts["epoch"], facts["lr"]
+        self.step, self.epoch, self.lr = int(facts["step"]), int(facts["epoch"]), float(facts["lr"])
         self.history, self.sums = facts["history"], torch.tensor(facts["sums"], dtype=torch.float64)
         self.best_epoch, self.best_loss = facts["best_epoch"], facts["best_loss"]
         self.plateau = Plateau(**facts["plateau"])
         if facts["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
-        logger.info("resumed at step %d, epoch %d of %d", self.step, self.epoch + 1, self.recipe.epochs)
 
 
 class _swapped:

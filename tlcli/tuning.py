@@ -23,6 +23,7 @@ from tlcli import caching, paths, processes
 from tlcli.backbones.initialise import reinitialise
 from tlcli.backbones.units import parse_freeze, units
 from tlcli.backbones.zoo import Backbone, load_backbone
+from tlcli.cache.store import parse_size
 from tlcli.checkpoints import Checkpoints
 from tlcli.config import FinetuneConfig, Scenario, from_options, to_options
 from tlcli.data.audit import examine, require_usable
@@ -226,6 +227,7 @@ def _plan_features(
         workers=workers,
         max_bad=config.max_bad,
         num_views=num_views,
+        max_bytes=parse_size(config.cache_max_size),
     )
 
 
@@ -247,7 +249,10 @@ def _decide(
         return caching.CachingDecision(caching.CUT, f"caching at the cut: --cache {config.cache}")
     workers = config.workers or paths.default_workers()
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(_amp(config, extractor.device))
-    return caching.decide(extractor, collection, epochs=epochs, num_views=num_views, workers=workers, amp=amp)
+    return caching.decide(
+        extractor, collection, epochs=epochs, num_views=num_views, workers=workers, amp=amp,
+        max_bytes=parse_size(config.cache_max_size),
+    )  # fmt: skip
 
 
 def load_tunable(config: FinetuneConfig, scenario: Scenario) -> Backbone:

@@ -1,20 +1,15 @@
 """What was put is what is read, whatever happened to the files in between."""
 
 import errno
-import logging
 import os
 import shutil
 
 import numpy as np
 import pytest
 from cached import DIM, ENV, check, put, quarantined, row, row_key, shard_paths, spec
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from tlcli.cache import entry as entries
 from tlcli.cache import files
-from tlcli.cache.store import Store
 from tlcli.errors import BackboneError, StorageError
 
 
@@ -283,76 +278,6 @@ def test_the_umask_holds(store):
 # ---- damage -----------------------------------------------------------------------------------------------
 
 
-def test_only_the_damaged_rows_are_computed_again(entry, reopen, caplog):
-    put(entry, range(5))
-    path = damage_row(entry, 2)
-    reader = reopen()
-    assert len(reader.rows()) == 5  # nobody has looked at the rows yet
-    check(reader, range(5), missing=[2])
-    assert [found.name for found in quarantined(entry)] == [path.name]
-    reason = (entry.quarantine_dir / f"{path.name}.txt").read_text()
-    assert reason == "rows do not match their checksums\n"
-    assert [(item.shard, item.rows_lost) for item in reader.damage] == [(path.name, 1)]
-    assert "Damaged shard moved to" in caplog.text
-    assert reopen().rows() == {row_key(number) for number in (0, 1, 3, 4)}
-    put(reader, [2])
-    check(reopen(), range(5))
-    assert reopen().verify(deep=True) == []
-
-
-def test_a_shard_without_any_intact_row_is_only_quarantined(entry, reopen):
-    put(entry, [0])
-    damage_row(entry, 0)
-    check(reopen(), [0], missing=[0])
-    assert shard_paths(entry) == []
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda raw: raw[:-1],
-        lambda raw: raw + b"\0",
-        lambda raw: b"",
-        lambda raw: bytes(len(raw)),
-        lambda raw: raw[:40] + b"#" + raw[41:],
-        lambda raw: b"garbage",
-    ],
-)
-def test_structural_damage_quarantines_the_whole_shard(entry, reopen, spoil):
-    put(entry, range(3))
-    put(entry, range(3, 6))
-    path = shard_paths(entry)[0]
-    numbers = range(3) if row(0).tobytes() in path.read_bytes() else range(3, 6)
-    path.write_bytes(spoil(path.read_bytes()))
-    check(reopen(), range(6), missing=list(numbers))
-    assert [found.name for found in quarantined(entry)] == [path.name]
-    put(reopen(), numbers)
-    check(reopen(), range(6))
-
-
-def test_a_shard_of_another_entry_is_refused(store, entry, reopen):
-    put(entry, [0])
-    other = store.entry(spec(cut="layer3"))
-    put(other, [7])
-    foreign = shard_paths(other)[0]
-    shutil.copy(foreign, entry.shards_dir)
-    check(reopen(), [0, 7], missing=[7])
-    assert "belongs to another entry" in (entry.quarantine_dir / f"{foreign.name}.txt").read_text()
-    check(other, [7])
-
-
-def test_what_is_no_shard_is_left_alone(entry, reopen):
-    put(entry, [0])
-    (entry.shards_dir / "notes.txt").write_text("mine")
-    (entry.shards_dir / "x.safetensors").write_text("mine")
-    (entry.shards_dir / ("0" * 32 + ".safetensors")).mkdir()
-    (entry.shards_dir / ("1" * 32 + ".safetensors")).symlink_to(shard_paths(entry)[-1])
-    os.mkfifo(entry.shards_dir / ("2" * 32 + ".safetensors"))
-    check(reopen(), [0])
-    assert reopen().verify() == []
-    assert quarantined(entry) == []
-
-
 def test_a_pruned_shard_is_missing(entry, reopen):
     put(entry, [0])
     put(entry, [1])
@@ -487,31 +412,6 @@ def test_a_shard_that_vanishes_while_it_is_healed(entry, reopen, monkeypatch):
 # ---- verify -----------------------------------------------------------------------------------------------
 
 
-def test_verify_finds_what_nobody_read(entry, reopen):
-    put(entry, range(3))
-    put(entry, range(3, 6))
-    assert reopen().verify() == []
-    path = damage_row(entry, 1)
-    found = reopen().verify()
-    assert [(item.shard, item.reason, item.rows_lost) for item in found] == [
-        (path.name, "rows do not match their checksums", 1)
-    ]
-    check(reopen(), range(6), missing=[1])
-    assert reopen().verify() == []
-
-
-def test_deep_verification_sees_a_changed_environment_record(entry, reopen):
-    put(entry, range(3))
-    path = shard_paths(entry)[0]
-    path.write_bytes(path.read_bytes().replace(b"2.10.0", b"2.11.0"))
-    assert reopen().verify() == []
-    (found,) = reopen().verify(deep=True)
-    assert found.reason == "its bytes do not hash to its name"
-    check(reopen(), range(3))  # the rows are intact and kept
-    assert reopen().verify(deep=True) == []
-    assert len(quarantined(entry)) == 1
-
-
 def test_verify_meets_errors_and_vanishing_shards(entry, reopen, monkeypatch):
     put(entry, range(3))
     put(entry, range(3, 6))
@@ -570,84 +470,3 @@ def test_the_mark_of_last_use(entry, reopen):
         assert mark.stat().st_mtime == pytest.approx(now, abs=60)
     mark.unlink()
     assert entries.last_used(entry.directory) == pytest.approx(now, abs=60)
-
-
-# ---- against a dictionary ---------------------------------------------------------------------------------
-
-
-class Machine(RuleBasedStateMachine):
-    """Puts, reads, damage, loss and second processes, against a dictionary; rows may be lost, never wrong."""
-
-    folder = None
-    count = 0
-    NUMBERS = st.lists(st.integers(0, 12), min_size=1, max_size=6)
-
-    def __init__(self):
-        super().__init__()
-        Machine.count += 1
-        self.root = self.folder / str(Machine.count)
-        self.open()
-        self.have = set()
-
-    @rule()
-    def open(self):
-        self.entry = Store(self.root).entry(spec())
-        self.other = Store(self.root).entry(spec())
-
-    @rule(numbers=NUMBERS)
-    def put(self, numbers):
-        put(self.entry, numbers)
-        self.have |= set(numbers)
-
-    @rule(numbers=NUMBERS)
-    def put_from_elsewhere(self, numbers):
-        put(self.other, numbers)
-        self.have |= set(numbers)
-
-    @rule(numbers=NUMBERS)
-    def get(self, numbers):
-        check(self.entry, numbers, missing=[number for number in numbers if number not in self.have])
-
-    @rule(data=st.data())
-    def damage(self, data):
-        if paths := shard_paths(self.entry):
-            path = data.draw(st.sampled_from(paths))
-            raw = bytearray(path.read_bytes())
-            raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-            path.write_bytes(raw)
-            self.heal()
-
-    @rule(data=st.data())
-    def lose(self, data):
-        if paths := shard_paths(self.entry):
-            data.draw(st.sampled_from(paths)).unlink()
-            self.heal()
-
-    def heal(self):
-        """Go on with what a fresh verification leaves, which must be right."""
-        Store(self.root).entry(spec()).verify(deep=True)
-        left = {number for number in self.have if row_key(number) in self.entry.rows()}
-        check(Store(self.root).entry(spec()), sorted(left))
-        self.have = left
-
-    @invariant()
-    def nothing_unknown(self):
-        assert self.entry.rows() <= {row_key(number) for number in self.have}
-
-
-def test_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-    monkeypatch.setattr(Machine, "folder", tmp_path)
-    logging.disable()
-    try:
-        run_state_machine_as_test(
-            Machine,
-            settings=settings(
-                max_examples=25,
-                stateful_step_count=15,
-                deadline=None,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
-    finally:
-        logging.disable(logging.NOTSET)

@@ -3,14 +3,17 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from cached import DIM, ENV, check, put, quarantined, row, row_key, shard_paths, spec
 
 from tlcli.cache import prune
-from tlcli.cache.prune import GRACE_SECONDS, execute_prune, parse_age, parse_size, plan_prune
-from tlcli.cache.store import Store
+from tlcli.cache.prune import GRACE_SECONDS, execute_prune, parse_age, plan_prune
+from tlcli.cache.store import Store, parse_size
 from tlcli.errors import StorageError, UsageError
 
 DAY = 86400.0
@@ -86,6 +89,25 @@ def test_what_is_in_use_is_kept_and_named(store, three):
         plan = plan_prune(store, 0, 0, clock=clock())
         assert [item.key for item in plan.kept] == [three[1].key]
         assert {item.key for item in plan.retired} == {three[0].key, three[2].key}
+
+
+def test_use_since_the_plan_is_seen(store, three):
+    plan = plan_prune(store, 15 * DAY, clock=clock())
+    os.utime(three[0].directory / "last_used", (NOW - 1, NOW - 1))
+    execute_prune(store, plan, clock=clock())
+    assert cuts(store) == ["a", "c"]
+
+
+def test_reading_and_writing_count_as_use(store, three):
+    """The order of going is that of recorded use, not of making."""
+    check(Store(store.root).entry(spec(cut="a")), [0])
+    put(Store(store.root).entry(spec(cut="b")), [9])
+    plan = plan_prune(store, max_bytes=0)
+    assert [item.key for item in plan.retired] == [three[2].key]
+    assert {item.key for item in plan.kept} == {three[0].key, three[1].key}
+    store.find(three[2].key).verify()  # a mere look, such as `cache list` takes, is no use
+    store.entries()
+    assert [item.key for item in plan_prune(store, max_bytes=0).retired] == [three[2].key]
 
 
 def test_two_phases(store, three):
@@ -255,6 +277,115 @@ def test_links_do_not_lead_outside(store, three, tmp_path):
     with pytest.raises(StorageError, match="is a link"):
         plan_prune(store, 25 * DAY, clock=clock())
     assert [path.name for path in outside.iterdir()] == ["precious"]
+
+
+def outside_tree(tmp_path):
+    """Return a folder outside the cache that looks like everything prune deletes."""
+    outside = tmp_path / "outside"
+    for name in (f".tmp-00000000-1-{'0' * 32}", f"{'0' * 32}.safetensors", f"1-{'0' * 32}", "precious"):
+        (outside / "deep").mkdir(parents=True, exist_ok=True)
+        for folder in (outside, outside / "deep"):
+            (folder / name).write_bytes(b"precious")
+            os.utime(folder / name, (0, 0))
+    return outside
+
+
+def everything(root):
+    return {path: path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "place", ["v1/00", "group", "entry", "shards", "quarantine", "inside", "file", "trash"]
+)
+def test_no_link_leads_outside(store, three, tmp_path, place):
+    outside = outside_tree(tmp_path)
+    entry = three[0]
+    entry.quarantine_dir.mkdir()
+    link = {
+        "v1/00": store.entries_dir / "zz",
+        "group": entry.directory.parent,
+        "entry": entry.directory,
+        "shards": entry.shards_dir,
+        "quarantine": entry.quarantine_dir,
+        "inside": entry.shards_dir / f"{'0' * 32}.safetensors",
+        "file": entry.directory / f".tmp-00000000-1-{'0' * 32}",
+        "trash": store.root / "trash" / f"1-{'0' * 32}",
+    }[place]
+    if link.exists():
+        shutil.rmtree(link)
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(outside / "precious" if place == "file" else outside)
+    before = everything(outside)
+    for later in (0, 2 * GRACE_SECONDS, DAY):
+        now = NOW + later
+        execute_prune(store, plan_prune(store, 0, 0, clock=clock(now)), clock=clock(now))
+    assert everything(outside) == before
+    assert not (store.root / "trash").exists() or trash(store) == []
+
+
+def test_a_hard_link_keeps_its_other_name(store, three, tmp_path):
+    (path,) = shard_paths(three[0])
+    copy = tmp_path / "backup.safetensors"
+    os.link(path, copy)
+    content = copy.read_bytes()
+    execute_prune(store, plan_prune(store, 25 * DAY, clock=clock()), clock=clock())
+    execute_prune(store, plan_prune(store, clock=clock(NOW + DAY)))
+    assert not path.exists()
+    assert trash(store) == []
+    assert copy.read_bytes() == content
+
+
+MOUNTED = """
+set -e
+mount --bind "$1" "$2"
+exec "$3" -c '
+import sys
+from tlcli.cache.prune import plan_prune
+from tlcli.cache.store import Store
+from tlcli.errors import StorageError
+try:
+    plan_prune(Store(sys.argv[1]), 0, 0)
+except StorageError as error:
+    print(error.message)
+' "$4"
+"""
+
+
+def test_a_mounted_folder_is_not_deleted(store, three, tmp_path):
+    outside = outside_tree(tmp_path)
+    inside = three[0].directory / "with a blank"
+    inside.mkdir()
+    table = tmp_path / "mountinfo"
+    line = "36 35 98:0 / {} rw,noatime master:1 - ext3 /dev/root rw\n"
+    for place, expected in (
+        ("/", None),
+        (str(store.root), None),
+        (f"{store.root}-other/x", None),
+        (str(inside).replace(" ", "\\040"), str(inside)),
+    ):
+        table.write_text(line.format("/proc") + line.format(place))
+        assert prune.mounted_below(store.root, table) == expected
+    assert prune.mounted_below(store.root, tmp_path / "no such list") is None
+    words = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", MOUNTED, "sh"]
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [*words, outside, inside, sys.executable, store.root],
+        env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode == 0:  # where a process may mount at all
+        assert f"mounted at {str(inside)!r}" in done.stdout
+    assert (outside / "precious").exists()
+
+
+def test_shards_without_a_spec_can_be_pruned(store, three):
+    """Else they would count against the cap for ever, and only a hand could delete them."""
+    (three[0].directory / "spec.json").unlink()
+    check(Store(store.root).entry(spec(cut="a")), [0])
+    os.utime(three[0].directory / "last_used", (NOW - 30 * DAY,) * 2)
+    plan = plan_prune(store, 25 * DAY, clock=clock())
+    assert [item.key for item in plan.retired] == [three[0].key]
+    execute_prune(store, plan, clock=clock())
+    assert not three[0].directory.exists()
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])

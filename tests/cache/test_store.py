@@ -86,10 +86,18 @@ def test_a_spec_that_cannot_be_read(store, reopen, monkeypatch):
 def test_a_lost_spec_is_written_again(store, reopen):
     put(store.entry(spec()), [0])
     (reopen().directory / "spec.json").unlink()
-    assert store.entries() == []
+    (found,) = store.entries()
+    assert "spec.json" in found.problem
     check(reopen(), [0])
     put(reopen(), [1])
-    assert len(store.entries()) == 1
+    (found,) = store.entries()
+    assert (found.problem, found.num_rows) == (None, 2)
+
+
+def test_an_entry_that_was_only_begun_is_none(store):
+    entry = store.entry(spec())
+    entry.shards_dir.mkdir(parents=True)
+    assert store.all_keys() == []
 
 
 def test_the_cache_may_be_moved(store, tmp_path):
@@ -230,6 +238,24 @@ def test_predicted_bytes_against_free_space(store, monkeypatch):
     monkeypatch.setattr(os, "statvfs", failing(errno.EACCES))
     with pytest.raises(StorageError, match="measure free space"):
         tight.check_space(1)
+
+
+def test_what_may_still_be_written(store, monkeypatch):
+    put(store.entry(spec()), [0])
+    used = store.num_bytes()
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=10, f_frsize=100))
+    assert Store(store.root, min_free_bytes=400).free_bytes() == 600
+    assert Store(store.root, min_free_bytes=400, max_bytes=used + 500).free_bytes() == 500
+    assert Store(store.root, min_free_bytes=400, max_bytes=used + 700).free_bytes() == 600
+    assert Store(store.root, min_free_bytes=400, max_bytes=0).free_bytes() == -used
+    assert Store(store.root, min_free_bytes=1001).free_bytes() == -1
+
+
+def test_trash_does_not_count_against_the_cap(store):
+    put(store.entry(spec()), [0])
+    store.entries_dir.rename(store.trash_dir)
+    assert store.num_bytes() == 0
+    Store(store.root, max_bytes=10).check_space(10)
 
 
 def test_a_full_cache_is_still_read(store):

@@ -17,10 +17,10 @@ SPEC = {
 }  # fmt: skip
 
 
-def fill(count: int = 3, **facts: object) -> Entry:
+def fill(count: int = 3, first: int = 0, **facts: object) -> Entry:
     entry = Store(paths.features_dir()).entry({**SPEC, **facts})
     with entry.writer({"torch": "2.10.0", "device": "cpu"}) as writer:
-        for number in range(count):
+        for number in range(first, first + count):
             writer.add((f"{number:064x}", 0), np.full(4, number, np.float32))
     return entry
 
@@ -96,7 +96,7 @@ def test_show_without_an_entry_is_a_usage_error(run_cli, arguments):
     result = run_cli("cache", "show", *arguments)
     assert result.code == 2
     assert result.stdout == ""
-    assert "tlcli cache list" in result.stderr
+    assert ("KEY is empty" if arguments == ("",) else "tlcli cache list") in result.stderr
 
 
 def test_verify(run_cli):
@@ -146,6 +146,72 @@ def test_prune_plans_and_prunes(run_cli):
     kept = run_cli("cache", "prune", "--max-size", "0B")
     assert "used in the last 15 minutes" in kept.stdout
     assert new.directory.exists()
+
+
+def test_prune_tells_everything_and_empties_the_trash_later(run_cli):
+    old, used = fill(), fill(2, cut="layer1")
+    fill(1, cut="layer1", first=9)
+    age(old, 40)
+    planned = json.loads(run_cli("cache", "prune", "--max-size", "0B", "--dry-run", "--json").stdout)
+    assert old.directory.exists()
+    result = run_cli("cache", "prune", "--max-size", "0B", "--json")
+    assert result.code == 0
+    document = json.loads(result.stdout)
+    assert document == {**planned, "dry_run": False}
+    assert document["schema"] == "tlcli.cache.prune/1"
+    assert [item["key"] for item in document["retired"]] == [old.key]
+    assert [item["key"] for item in document["kept_in_use"]] == [used.key]
+    assert [item["key"] for item in document["merged_shards"]] == [used.key] * 2
+    assert document["grace_seconds"] == 600
+    assert document["retired"][0]["reason"] == "the least recently used, above the size asked for"
+    trash = paths.features_dir() / "trash"
+    assert len(list(trash.iterdir())) == 3
+    waiting = json.loads(run_cli("cache", "prune", "--json").stdout)
+    assert (waiting["removed_files"], waiting["freed_now_bytes"]) == (0, 0)
+    for path in trash.iterdir():
+        path.rename(trash / f"1-{path.name.partition('-')[2]}")
+    freed = json.loads(run_cli("cache", "prune", "--json").stdout)
+    assert freed["removed_files"] == 3
+    assert freed["freed_now_bytes"] == waiting["freed_later_bytes"] > document["retired"][0]["bytes"]
+    assert list(trash.iterdir()) == []
+    assert len(used.rows()) == 3
+
+
+def test_prune_refuses_a_folder_that_is_no_cache(run_cli):
+    """What somebody put under TLCLI_HOME by mistake is not deleted."""
+    old = fill()
+    age(old, 40)
+    (paths.features_dir() / "CACHEDIR.TAG").unlink()
+    result = run_cli("cache", "prune", "--older-than", "1d", "--json")
+    assert (result.code, result.stdout) == (5, "")
+    assert "CACHEDIR.TAG" in result.stderr
+    assert len(old.rows()) == 3
+
+
+@pytest.mark.parametrize("command", [("list",), ("verify",), ("prune", "--max-size", "0B")])
+def test_a_folder_of_another_user_that_everybody_may_write(run_cli, monkeypatch, command):
+    entry = fill()
+    paths.features_dir().chmod(0o777)
+    if os.geteuid() == 0:
+        os.chown(paths.features_dir(), 65534, 65534)
+    else:
+        owner = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    result = run_cli("cache", *command)
+    assert (result.code, result.stdout) == (5, "")
+    assert "everybody may write" in result.stderr
+    assert "chmod o-w" in result.stderr
+    assert entry.directory.exists()
+
+
+def test_shards_whose_spec_was_lost_are_listed_and_pruned(run_cli):
+    entry = fill()
+    (entry.directory / "spec.json").unlink()
+    (found,) = json.loads(run_cli("cache", "list", "--json").stdout)["entries"]
+    assert "spec.json" in found["problem"]
+    age(entry, 40)
+    assert run_cli("cache", "prune", "--older-than", "30d").code == 0
+    assert not entry.directory.exists()
 
 
 @pytest.mark.parametrize("option", [("--older-than", "soon"), ("--max-size", "20")])

@@ -133,6 +133,23 @@ def test_transparency_shows_white(mode: str, colour: tuple[int, ...], expected: 
     assert inspect(data).alpha
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16"])
+def test_a_large_image_converted_in_bands_is_the_same(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = picture()
+    image.putalpha(picture().convert("L").rotate(180))
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(picture().convert("L")).astype(np.uint16) * 200)
+    elif mode == "P":
+        image = picture().quantize(16)
+    elif mode != "RGBA":
+        image = image.convert(mode)
+    data = encoded(image, "TIFF" if mode == "CMYK" else "PNG", **({"transparency": 3} if mode == "P" else {}))
+    whole = decode(data)
+    for pixels_at_once in (1, WIDTH * 5, WIDTH * HEIGHT - 1):
+        monkeypatch.setattr(decoding, "_BAND_PIXELS", pixels_at_once)
+        assert torch.equal(decode(data), whole)
+
+
 def test_half_transparency_is_mixed_and_a_transparent_palette_colour_is_white() -> None:
     mixed = decode(encoded(Image.new("RGBA", (8, 8), (0, 0, 0, 128)), "PNG"))
     assert mixed[0, 0, 0].item() == pytest.approx(127, abs=1)
@@ -144,12 +161,13 @@ def test_half_transparency_is_mixed_and_a_transparent_palette_colour_is_white() 
 
 
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_of_several_frames_the_first_is_taken_and_the_number_told(format: str) -> None:
+def test_of_several_frames_the_first_is_taken_and_they_are_told(format: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
     options = {"lossless": True} if format == "WEBP" else {}
     data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
     assert decode(data)[:, 4, 4].tolist() == [255, 0, 0]
-    assert inspect(data).frames == 3
+    assert inspect(data).animated
+    assert not inspect(encoded(frames[0], format)).animated
 
 
 def test_black_and_white_and_one_pixel_images() -> None:
@@ -161,7 +179,7 @@ def test_black_and_white_and_one_pixel_images() -> None:
 def test_the_format_is_told_by_content() -> None:
     facts = inspect(encoded(picture(), "PNG"))
     assert (facts.format, facts.width, facts.height, facts.mode) == ("PNG", WIDTH, HEIGHT, "RGB")
-    assert (facts.frames, facts.alpha) == (1, False)
+    assert (facts.animated, facts.alpha) == (False, False)
     assert inspect(encoded(picture().convert("L"), "JPEG")).mode == "L"
 
 
@@ -240,6 +258,92 @@ def test_a_text_bomb_in_a_png_takes_no_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
     finally:
         tracemalloc.stop()
+
+
+def test_a_frame_header_that_only_the_decoder_would_see_is_refused() -> None:
+    # After FF 00 a decoder looks for the next FF; who believes in a length there is led past the large frame.
+    small = encoded(picture(), "JPEG")
+    frame, scan = small.index(b"\xff\xc0"), small.index(b"\xff\xda")
+    content = small[frame : frame + 19]
+    large = content[:5] + struct.pack(">HH", 10_000, 12_000) + content[9:]
+    hidden = b"\xff\xe5" + struct.pack(">H", 2 + len(content)) + content
+    jump = struct.pack(">H", 2 + len(large) + 4)
+    tables = small[2:frame] + small[frame + 19 : scan]
+    assert "corrupt" in reason(b"\xff\xd8\xff\0" + jump + large + hidden + tables + small[scan:])
+    for size in (b"\0\0", b"\0\1"):
+        assert "corrupt" in reason(small[:2] + b"\xff\xe5" + size + small[2:])
+
+
+def test_a_jpeg_of_very_many_scans_is_refused() -> None:
+    data = encoded(picture(), "JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    assert decode(data + b"\xff\xda\0\x02" * 200).shape == (
+        3,
+        HEIGHT,
+        WIDTH,
+    )  # what follows the end does not count
+    assert "scans" in reason(data[:-2] + scan * (decoding.MAX_SCANS + 1) + data[-2:])
+    with_table = data[:-2] + b"\xff\xfe\0\x06\xff\xd9\xff\xd9" + scan * decoding.MAX_SCANS + data[-2:]
+    assert "scans" in reason(with_table)  # an end marker inside of a comment does not end the count
+
+
+@pytest.mark.parametrize("kind", [b"VP8 ", b"VP8L", b"VP8X"])
+def test_the_size_of_a_webp_is_checked_before_it_is_opened(
+    kind: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = picture().convert("RGBA" if kind == b"VP8X" else "RGB")
+    if kind == b"VP8X":
+        image.putpixel((3, 3), (0, 0, 0, 0))
+    data = encoded(image, "WEBP", lossless=kind == b"VP8L")
+    assert data[12:16] == kind
+    monkeypatch.setattr(decoding, "MAX_PIXELS", WIDTH * HEIGHT)
+    assert decode(data).shape == (3, HEIGHT, WIDTH)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", WIDTH * HEIGHT - 1)
+    monkeypatch.setattr(decoding, "_image_file", lambda _name: pytest.fail("opened"))
+    assert f"{WIDTH}x{HEIGHT} pixels" in reason(data)
+
+
+def test_pillow_sees_no_comments_of_a_plain_ppm(monkeypatch: pytest.MonkeyPatch) -> None:
+    # It would copy up to a megabyte for each: half a million of them took a minute.
+    assert decode(b"P3 # a\n2 #\r1 255 1 2 3 4 5 6\n").flatten().tolist() == [1, 4, 2, 5, 3, 6]
+    assert decode(b"P5 1 1 255\n#").flatten().tolist() == [35, 35, 35]  # no comment, a pixel
+    seen = []
+    opener = decoding._image_file("PPM")
+    monkeypatch.setattr(decoding, "_image_file", lambda _: lambda file: seen.append(file) or opener(file))
+    many = b"P3 2 1 255 1 2 " + b"#\n" * 1000 + b"3 4 5 6\n"
+    assert decode(many).flatten().tolist() == [1, 4, 2, 5, 3, 6]
+    assert seen[0].getvalue() == b"P3 2 1 255 1 2 3 4 5 6\n"
+
+
+def test_a_very_long_side_is_refused() -> None:
+    # Pillow reads 64 KiB at a time and copies what it has of a row each time: minutes for a row of 28 MB.
+    assert decode(encoded(Image.new("L", (decoding.MAX_SIDE, 1)), "PNG")).shape == (3, 1, decoding.MAX_SIDE)
+    for size in ((decoding.MAX_SIDE + 1, 1), (1, decoding.MAX_SIDE + 1)):
+        assert "a side may have" in reason(encoded(Image.new("L", size), "PNG"))
+
+
+def test_a_large_bmp_in_runs_is_refused() -> None:
+    data = bytearray(encoded(picture().quantize(16), "BMP"))
+    data[30] = 1  # run-length encoded
+    data[18:26] = struct.pack("<ii", 5000, 5000)
+    assert "run-length" in reason(bytes(data))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce] can't allocate memory: 1 GB")])
+def test_a_lack_of_memory_is_not_called_a_corrupt_file(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    if isinstance(error, MemoryError):
+        for name in ("load", "__init__"):
+            with monkeypatch.context() as patch:
+                patch.setattr(decoding._image_file("PNG"), name, fail)
+                assert reason(encoded(picture(), "PNG")) == "too little memory to decode it"
+    monkeypatch.setattr(decoding, "_DECODE_JPEG", fail)
+    if isinstance(error, RuntimeError):
+        assert reason(encoded(picture(), "JPEG")) == "too little memory to decode it"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tlcli.data.listing import MAX_LINE_CHARACTERS, Row, read_rows, write_rows
+from tlcli.data.listing import MAX_RECORD_CHARACTERS, Row, read_rows, write_rows
 from tlcli.errors import DataError, StorageError, UsageError
 from tlcli.option_groups import DataOptions
 
@@ -52,7 +52,7 @@ def test_tabs_between_cells_of_a_tsv(tmp_path: Path) -> None:
         (b'filename,label\n"a.jpg,x\nb.jpg,y\n', "line 2: unexpected end"),
         (b'filename,label\n"a"b.jpg,x\n', "line 2: "),
         (b"filename,label\na\0.jpg,x\n", "line 2 holds a NUL"),
-        (b"filename,label\n" + b"a" * (MAX_LINE_CHARACTERS + 1), "line 2 has more than"),
+        (b"filename,label\n" + b"a" * (MAX_RECORD_CHARACTERS + 1), "line 2 has more than"),
         (b'filename,label\n"' + b"a\n" * 200_000, "larger than field limit"),
     ],
 )

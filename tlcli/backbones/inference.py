@@ -64,8 +64,9 @@ def prepare(
     )
     expected = run(exact, images)
     folded, count = fold_batch_norms(exact)
-    if count and not torch.allclose(
-        run(folded, images), expected, rtol=1e-3, atol=1e-3 * float(expected.std())
+    finite = bool(expected.isfinite().all())  # where it is not, rows are refused when they are published
+    if count and not (
+        finite and torch.allclose(run(folded, images), expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
     ):
         # Children are not always run in the order they are declared; then folding is wrong and is not done.
         folded, count = exact, 0

@@ -7,12 +7,14 @@ checked before memory is allocated: a zip with compressed records can claim a th
 
 import argparse
 import hashlib
+import json
 import logging
 import math
 import os
 import pickle
 import stat
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ import torch
 from torch import nn
 
 from tlcli.errors import BackboneError
+from tlcli.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,8 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.bool)  # counters, and the index tables of some transformers
+MAX_HEADER_BYTES = 10_000_000  # of a safetensors file; the largest models have a tenth of it
+LOCAL_HEADER_BYTES = 30  # of each record of a zip, before its name
 PICKLE = b"\x80"  # how every pickle since protocol 2 begins
 NOT_COUNTED = "num_batches_tracked"  # a counter that old checkpoints lack and evaluation does not use
 
@@ -174,6 +179,8 @@ def load_weights(
         except (
             Exception
         ) as error:  # converters are written for their own checkpoints and fail freely on others
+            if is_out_of_memory(error):
+                raise
             logger.debug("%s: its checkpoint converter failed: %s", name, error)
         else:
             if converted.rate > found.rate:
@@ -319,21 +326,51 @@ def _load_safetensors(path: Path) -> StateDict:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        (header_bytes,) = struct.unpack("<Q", file.read(8))
-    if header_bytes > size - 8:
-        raise BackboneError(
-            f"Weights {str(path)!r} are damaged: the header claims {header_bytes:,} bytes of {size:,}.",
-            hint=DAMAGED,
-        )
+    _check_header(path)
     try:
         return load_file(path, device="cpu")
     except (SafetensorError, ValueError, OSError, KeyError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise BackboneError(
             f"Weights {str(path)!r} are not a sound safetensors file: {error}.",
             hint=DAMAGED,
         ) from error
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a safetensors header that is longer than its file or names a tensor twice."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        (header_bytes,) = struct.unpack("<Q", file.read(8))
+        if header_bytes > size - 8:
+            raise BackboneError(
+                f"Weights {str(path)!r} are damaged: the header claims {header_bytes:,} bytes of {size:,}.",
+                hint=DAMAGED,
+            )
+        if header_bytes > MAX_HEADER_BYTES:
+            raise BackboneError(
+                f"Weights {str(path)!r} are not a sound safetensors file: the header has {header_bytes:,} "
+                f"bytes; at most {MAX_HEADER_BYTES:,} are expected.",
+                hint=DAMAGED,
+            )
+        header = file.read(header_bytes)
+    try:
+        json.loads(header, object_pairs_hook=_named_once)
+    except (ValueError, RecursionError) as error:
+        raise BackboneError(
+            f"Weights {str(path)!r} are not a sound safetensors file: its header is unreadable ({error}).",
+            hint=DAMAGED,
+        ) from error
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; readers differ in which of two equal names they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
 
 
 def _check_zip(path: Path) -> None:
@@ -341,19 +378,16 @@ def _check_zip(path: Path) -> None:
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
+            records = sorted(archive.infolist(), key=lambda record: record.header_offset)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise BackboneError(
             f"Weights {str(path)!r} are a damaged zip: {error}.",
             hint=DAMAGED,
         ) from error
-    packed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
-    claimed = sum(record.file_size for record in records)
-    if packed or claimed > size:
-        what = f"record {packed[0]!r} is compressed" if packed else f"its records claim {claimed:,} bytes"
+    if what := _odd_record(records, size):
         raise BackboneError(
-            f"Weights {str(path)!r} were not written by torch.save: {what}, the file has {size:,} bytes.",
-            hint="PyTorch stores its records uncompressed; get the original file.",
+            f"Weights {str(path)!r} were not written by torch.save: {what}; the file has {size:,} bytes.",
+            hint="PyTorch stores its records uncompressed, one after another; get the original file.",
         )
     if any("/code/" in record.filename for record in records):
         raise BackboneError(
@@ -362,23 +396,63 @@ def _check_zip(path: Path) -> None:
         )
 
 
+def _odd_record(records: list[zipfile.ZipInfo], size: int) -> str | None:
+    """Return what is wrong with the records of a zip, in the order of their places, or None."""
+    names = set()
+    ends = [record.header_offset for record in records[1:]] + [size]
+    for record, end in zip(records, ends, strict=True):
+        if record.compress_type != zipfile.ZIP_STORED:
+            return f"record {record.filename!r} is compressed"
+        if record.filename in names:
+            return f"record {record.filename!r} is there twice"
+        if record.header_offset + LOCAL_HEADER_BYTES + record.file_size > end:
+            return f"record {record.filename!r} claims {record.file_size:,} bytes, more than there are for it"
+        names.add(record.filename)
+    return None
+
+
 def _torch_load(path: Path) -> Any:
     """Load a pickle of tensors; anything more than plain data is refused by torch's restricted unpickler."""
     try:
         # timm's own training checkpoints carry their arguments as a Namespace, which is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        plain = torch.serialization.safe_globals([argparse.Namespace])
+        with plain, warnings.catch_warnings(action="ignore"):  # they are addressed to programmers
+            return torch.load(path, map_location=_stored(path), weights_only=True)
+    except BackboneError:
+        raise
     except pickle.UnpicklingError as error:
         raise BackboneError(
             f"Weights {str(path)!r} hold more than tensors{_foreign(path)}, and loading them could run code.",
             hint=CONVERT,
         ) from error
     except Exception as error:  # a damaged or foreign file can fail anywhere in the unpickler
+        if is_out_of_memory(error):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BackboneError(
             f"Weights {str(path)!r} are no safetensors or torch.save file, or are damaged: {reason}",
             hint="Expected a .safetensors, .pth or .pt file with a state dict.",
         ) from error
+
+
+def _stored(path: Path) -> Callable[[Any, str], Any]:
+    """Return a map_location that keeps storages on the CPU, and refuses more bytes of them than the file has.
+
+    A storage is mapped before it is filled, so that what a pickle claims takes no memory.
+    """
+    size, claimed = path.stat().st_size, 0
+
+    def place(storage: Any, _location: str) -> Any:  # torch.UntypedStorage, whatever its stubs say
+        nonlocal claimed
+        claimed += storage.nbytes()
+        if claimed > size:
+            raise BackboneError(
+                f"Weights {str(path)!r} are damaged: their tensors claim {claimed:,} bytes of {size:,}.",
+                hint=DAMAGED,
+            )
+        return storage
+
+    return place
 
 
 def _foreign(path: Path) -> str:

@@ -12,9 +12,10 @@ import importlib
 import inspect
 import json
 import logging
+import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -26,6 +27,7 @@ from tlcli.backbones import weights
 from tlcli.backbones.model_arguments import OWN_OPTIONS, SETTLED, parse_arguments, unknown_argument
 from tlcli.backbones.specs import LIST_HINT, Source, TimmSpec, timm_spec
 from tlcli.errors import BackboneError, UsageError
+from tlcli.memory import is_out_of_memory
 from tlcli.option_groups import BackboneOptions, Interpolation, Preprocess
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,21 @@ logger = logging.getLogger(__name__)
 INIT_SEED = 0
 """Seed of --random-init, so that the baseline is the same each time."""
 
+CALL_ARGUMENTS = (frozenset(inspect.signature(timm.create_model).parameters) - {"kwargs"}) | {
+    "name",
+    "architecture",
+    "features_only",
+    "pretrained_model_args",
+    "pretrained_strict",
+    "pretrained_filter_fn",
+    "kwargs_filter",
+    "feature_cfg",
+}
+"""What a configuration's model_args must not set: how a network is built and where its weights are."""
+
+SIZES = (1, 4096)  # sides of an image in pixels, and shares of a crop, that a configuration may ask for
+CROPS = (0.1, 2.0)  # above 1 the image is padded
+CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 
 
@@ -266,6 +283,11 @@ def _build_timm(
     name: str, spec: TimmSpec, options: BackboneOptions, given: dict[str, Any], drop_path: float
 ) -> Backbone:
     cfg = dict(spec.cfg)
+    if odd := sorted(CALL_ARGUMENTS & spec.arguments.keys()):
+        raise BackboneError(
+            f"{name}: the model_args of its config.json set {odd[0]!r}, which is no argument of the network.",
+            hint="Remove it from config.json where you trust the folder.",
+        )
     preprocess = preprocess_of(cfg, name)
     spec = dataclasses.replace(spec, arguments=spec.arguments | given)
     arguments = dict(spec.arguments)
@@ -339,6 +361,8 @@ def _pretrained(
             hint="They want the arguments they were trained with; is one of --model-kwargs another?",
         ) from error
     model.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr, operator]
+    if path.suffix != ".npz":
+        weights.check_kinds(state, model, path)
     if getattr(model, "num_classes", 0):
         model.reset_classifier(0)  # type: ignore[operator]
     weights.check_finite(model.state_dict(), path)
@@ -356,6 +380,8 @@ def _create(name: str, architecture: str, **arguments: Any) -> nn.Module:
         try:
             model: nn.Module = timm.create_model(architecture, **arguments)
         except (RuntimeError, KeyError) as error:
+            if is_out_of_memory(error):
+                raise
             if arguments.get("pretrained"):
                 raise _LoadFailed(_first_line(error)) from error
             raise _refused(name, error, arguments) from error
@@ -426,26 +452,60 @@ def preprocess_of(cfg: Mapping[str, Any], name: str) -> Preprocess:
     Raises:
         BackboneError: The network takes no RGB images.
     """
-    data = timm.data.resolve_data_config(pretrained_cfg=dict(cfg), use_test_size=False)
-    channels, height, width = data["input_size"]
+    try:
+        data = timm.data.resolve_data_config(pretrained_cfg=dict(cfg), use_test_size=False)
+        channels, height, width = data["input_size"]
+        values = {key: data[key] for key in ("crop_pct", "crop_mode", "mean", "std")}
+    except (TypeError, ValueError, KeyError, AssertionError, AttributeError) as error:
+        raise _no_transform(name, str(error)) from error
     if channels != 3:
         raise BackboneError(
             f"{name} takes images of {channels} channels; only RGB backbones can be used.", hint=LIST_HINT
         )
-    known: list[Interpolation] = [name for name in INTERPOLATIONS if name == data["interpolation"]]
-    return Preprocess(
-        image_size=(int(height), int(width)),
-        crop_pct=float(data["crop_pct"]),
-        crop_mode=data["crop_mode"],
-        interpolation=known[0] if known else "bicubic",
-        mean=_triple(data["mean"]),
-        std=_triple(data["std"]),
+    known = data["interpolation"] if data["interpolation"] in INTERPOLATIONS else "bicubic"
+    return stored_preprocess({"image_size": (height, width), "interpolation": known, **values}, name)
+
+
+def stored_preprocess(values: Mapping[str, Any], name: str) -> Preprocess:
+    """Return the evaluation transform that a file of any origin describes.
+
+    Args:
+        values: The fields of Preprocess.
+        name: What the user called the backbone, for messages.
+
+    Raises:
+        BackboneError: A value is missing or unknown, or asks for what no transform can give, such as a crop
+            so small that each image would be enlarged to gigabytes.
+    """
+    try:
+        height, width = (int(value) for value in values["image_size"])
+        (red, green, blue), (r, g, b) = (map(float, values[key]) for key in ("mean", "std"))
+        found = Preprocess(**{
+            **values, "image_size": (height, width), "crop_pct": float(values["crop_pct"]),
+            "mean": (red, green, blue), "std": (r, g, b),
+        })  # fmt: skip
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise _no_transform(name, str(error)) from error
+    wrong = {
+        f"images of {height}x{width} pixels": not all(
+            SIZES[0] <= side <= SIZES[1] for side in (height, width)
+        ),
+        f"a crop of {found.crop_pct:g}": not CROPS[0] <= found.crop_pct <= CROPS[1],
+        f"the crop mode {found.crop_mode!r}": found.crop_mode not in CROP_MODES,
+        f"the interpolation {found.interpolation!r}": found.interpolation not in INTERPOLATIONS,
+        f"the mean {list(found.mean)}": not all(map(math.isfinite, found.mean)),
+        f"the deviation {list(found.std)}": not all(0 < value < math.inf for value in found.std),
+    }
+    if odd := [what for what, is_wrong in wrong.items() if is_wrong]:
+        raise _no_transform(name, f"it asks for {odd[0]}")
+    return found
+
+
+def _no_transform(name: str, why: str) -> BackboneError:
+    return BackboneError(
+        f"The configuration of {name} describes no transform of images: {why}.",
+        hint="Its config.json is damaged or not timm's; get it again.",
     )
-
-
-def _triple(values: Sequence[float]) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
 
 
 def _override(preprocess: Preprocess, options: BackboneOptions) -> Preprocess:
@@ -470,6 +530,8 @@ def _check_forward(backbone: Backbone) -> int:
         with torch.inference_mode():
             output = backbone.model(torch.zeros(1, 3, height, width))
     except Exception as error:  # architectures fail on odd sizes in many ways
+        if is_out_of_memory(error):
+            raise
         own = backbone.pretrained_cfg.get("input_size", (3, 0, 0))[1]
         raise BackboneError(
             f"{backbone.name} does not take images of {height}x{width} pixels: {_first_line(error)}",

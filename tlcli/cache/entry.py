@@ -5,13 +5,14 @@ of shards that are gone or damaged are reported as missing, so that the caller c
 shard goes to quarantine/ with the reason, after its intact rows were published in a new one.
 """
 
+import errno
 import functools
 import json
 import logging
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,9 @@ READ_ATTEMPTS = 4  # shards may be pruned, compacted or healed between two of th
 MAX_SPEC_BYTES = 1 << 20
 ROW_MASK = (1 << 32) - 1
 
+ShardFile = tuple[str, int]
+"""A shard's name and inode: a damaged file that was published again is another one of the same name."""
+
 
 @dataclass(frozen=True)
 class Damage:
@@ -82,10 +86,11 @@ class Entry:
         self.row_format = RowFormat.from_spec(spec)
         self.damage: list[Damage] = []
         self._repair = repair
-        self._shards: dict[str, Shard | None] = {}  # None: damaged, and could not be moved away
+        self._shards: dict[ShardFile, Shard | None] = {}  # None: damaged, and could not be moved away
         self._order: list[Shard] = []
         self._index: dict[RowKey, int] = {}  # place in _order << 32 | row
         self._stale = False
+        self._trusted: Container[str] | None = None  # environment records; None is every one
 
     @property
     def shards_dir(self) -> Path:
@@ -110,6 +115,14 @@ class Entry:
     def shards(self) -> tuple[Shard, ...]:
         """Return the valid shards as of the last look at the folder (`rows`, `read` or `verify`)."""
         return tuple(self._order)
+
+    def trust(self, environments: Container[str]) -> None:
+        """From now on give out only rows that these environments wrote; those of others count as missing.
+
+        Args:
+            environments: Records as shards hold them; see `environment`.
+        """
+        self._trusted, self._index, self._stale = environments, {}, True
 
     def read(self, keys: Sequence[RowKey], out: NDArray[Any] | None = None) -> tuple[NDArray[Any], list[int]]:
         """Return rows, each compared with its checksum.
@@ -136,10 +149,12 @@ class Entry:
         flat = out.reshape(len(keys), math.prod(shape[1:])).view(np.uint8)
         pending = np.arange(len(keys))
         with storage_errors("read", self.directory):
-            for _ in range(READ_ATTEMPTS):
+            attempts = 0
+            while attempts < READ_ATTEMPTS + len(self._order):  # each shard may have a damaged copy of a row
                 pending = self._read_known(keys, pending, flat)
                 if not len(pending) or not self._scan():
                     break
+                attempts += 1
         flat[pending] = 0
         self._mark_used()
         return out, pending.tolist()
@@ -179,33 +194,36 @@ class Entry:
     def _scan(self) -> bool:
         """Bring the index up to date with the folder; return whether anything changed."""
         present = {
-            entry.name
+            (entry.name, entry.inode())
             for entry in files.list_folder(self.shards_dir)
             if SHARD_NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
         }
         rebuild = self._stale or not self._shards.keys() <= present
         if rebuild:
-            kept = {name: shard for name, shard in self._shards.items() if name in present}
+            kept = {file: shard for file, shard in self._shards.items() if file in present}
             self._shards, self._order, self._index, self._stale = {}, [], {}, False
-            for name, shard in kept.items():
-                self._add(name, shard)
+            for file, shard in kept.items():
+                self._add(file, shard)
         new = sorted(present - self._shards.keys())
-        for name in new:
+        for file in new:
+            name = file[0]
             try:
-                self._add(name, open_shard(self.shards_dir / name, self.key, self.row_format))
+                self._add(file, open_shard(self.shards_dir / name, self.key, self.row_format))
             except FileNotFoundError:
                 continue
             except DamagedShard as error:
                 if not self._quarantine(name, str(error), None):
-                    self._add(name, None)
+                    self._add(file, None)
         return rebuild or bool(new)
 
-    def _add(self, name: str, shard: Shard | None) -> None:
-        self._shards[name] = shard
+    def _add(self, file: ShardFile, shard: Shard | None) -> None:
+        self._shards[file] = shard
         if shard is None:
             return
         first = len(self._order) << 32
         self._order.append(shard)
+        if self._trusted is not None and shard.env not in self._trusted:
+            return
         sound = shard.sound.tolist()
         for row, key in enumerate(shard.row_keys()):
             if sound[row]:
@@ -220,11 +238,12 @@ class Entry:
         name = shard.path.name
         self._stale = True
         if not self._repair:
-            self.damage.append(Damage(name, reason, int((~shard.sound).sum())))
+            self.damage.append(Damage(name, reason, shard.num_damaged))
             return
-        shard.sound[:] = True  # everything is read once more
-        kept_keys, kept_rows = [shard.keys[:0]], [np.empty((0, shard.row_bytes), np.uint8)]
         try:
+            # As the file is now: another process may have published its rows again under this name.
+            shard = open_shard(shard.path, self.key, self.row_format)
+            kept_keys, kept_rows = [shard.keys[:0]], [np.empty((0, shard.row_bytes), np.uint8)]
             for part, data, intact in shard.read(np.arange(len(shard.keys))):
                 kept_keys.append(shard.keys[part][intact])
                 kept_rows.append(data[intact])
@@ -232,14 +251,17 @@ class Entry:
                 keys, rows = np.concatenate(kept_keys), np.concatenate(kept_rows)
                 new = write_shard(self.shards_dir, self.key, self.row_format, shard.env, keys, rows)
                 if new == name:
+                    self._forget(name)
                     return
         except FileNotFoundError:
             return
-        except (OSError, DamagedShard) as error:
+        except DamagedShard as error:
+            self._quarantine(name, str(error), None)
+        except OSError as error:
             log.warning("Damaged shard %s is left in place: %s.", shard.path, error)
-            self.damage.append(Damage(name, reason, int((~shard.sound).sum())))
-            return
-        self._quarantine(name, reason, int((~shard.sound).sum()))
+            self.damage.append(Damage(name, reason, shard.num_damaged))
+        else:
+            self._quarantine(name, reason, shard.num_damaged)
 
     def _quarantine(self, name: str, reason: str, rows_lost: int | None) -> bool:
         """Move a damaged shard away with its reason; return whether it is out of the way."""
@@ -247,7 +269,7 @@ class Entry:
         if not self._repair:
             return False
         try:
-            files.make_folder(self.quarantine_dir)
+            _make_own_folder(self.quarantine_dir)
             files.publish(self.quarantine_dir / f"{name}.txt", [f"{reason}\n".encode()])
             files.move(self.shards_dir / name, self.quarantine_dir / name)
         except FileNotFoundError:  # another process was quicker
@@ -255,8 +277,15 @@ class Entry:
         except OSError as error:
             log.warning("Damaged shard %s is ignored (%s) but left in place: %s.", name, reason, error)
             return False
+        self._forget(name)
+        with suppress(OSError):
+            files.touch(self.quarantine_dir / name)  # prune keeps it for 30 days from now
         log.warning("Damaged shard moved to %s: %s.", self.quarantine_dir / name, reason)
         return True
+
+    def _forget(self, name: str) -> None:
+        """Have the next look at the folder open a file of this name anew, also when it got the same inode."""
+        self._shards = {file: shard for file, shard in self._shards.items() if file[0] != name}
 
     def _mark_used(self) -> None:
         mark = self.directory / "last_used"
@@ -279,6 +308,8 @@ class Entry:
         """
         progress = progress or Silent()
         with storage_errors("verify", self.directory):
+            with suppress(OSError):  # of a cache that may only be read
+                self._remove_temporaries()
             self._scan()
             progress.start("verify", sum(len(shard.keys) for shard in self._order), unit="rows")
             for shard in list(self._order):
@@ -319,11 +350,16 @@ class Entry:
             clock: Monotonic seconds.
         """
         with storage_errors("clean", self.directory):
-            for folder in (self.directory, self.shards_dir, self.quarantine_dir):
-                for path in files.stale_temporaries(folder):
-                    files.remove_tree(path)
+            self._remove_temporaries()
         publish = functools.partial(self._publish, environment(env))
         return Writer(self.row_format, publish, guard, flush_bytes, (flush_seconds, clock))
+
+    def _remove_temporaries(self) -> None:
+        """Remove what killed processes left half-written, where it may be changed."""
+        folders = (self.root, self.directory, self.shards_dir, self.quarantine_dir)
+        for folder in folders if self._repair else ():
+            for path in files.stale_temporaries(folder):
+                files.remove_tree(path)
 
     def _publish(self, env: str, keys: Bytes2D, rows: Bytes2D) -> str:
         with storage_errors("write features to", self.directory, rows.nbytes):
@@ -339,14 +375,21 @@ class Entry:
         """Write a shard, after making the entry's folder and spec.json as far as they do not exist."""
         if not (self.root / "CACHEDIR.TAG").exists():
             tag_root(self.root)
-        files.make_folder(self.directory)
+        _make_own_folder(self.directory)
         try:
             read_spec(self.directory)
         except FileNotFoundError:
             text = json.dumps(self.spec, indent=2, sort_keys=True) + "\n"
             files.publish(self.directory / "spec.json", [text.encode("ascii")])
-        files.make_folder(self.shards_dir)
+        _make_own_folder(self.shards_dir)
         return write_shard(self.shards_dir, self.key, self.row_format, env, keys, rows)
+
+
+def _make_own_folder(path: Path) -> None:
+    """Make a folder of an entry; a link that leads elsewhere is refused, so that nothing there is written."""
+    files.make_folder(path)
+    if path.is_symlink():
+        raise NotADirectoryError(errno.ENOTDIR, "It is a link, not a folder", str(path))
 
 
 def tag_root(root: Path) -> None:
@@ -371,6 +414,10 @@ def read_spec(directory: Path) -> dict[str, Any]:
     path = directory / "spec.json"
     hint = f"It is left as it is. Delete the folder {str(directory)!r} to have its rows computed again."
     try:
+        if directory.is_symlink():
+            raise StorageError(
+                f"{str(directory)!r} is a link: expected a folder.", hint="Move the folder there."
+            )
         with files.opened(path) as fd:
             text = files.read_at(fd, MAX_SPEC_BYTES, 0)
     except FileNotFoundError:

@@ -138,8 +138,8 @@ def move(source: Path, target: Path) -> None:
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """Give a descriptor for `read_at`, without following a link."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    """Give a descriptor for `read_at`, without following a link or waiting at a pipe."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         yield fd
     finally:
@@ -195,7 +195,8 @@ def changed(path: Path) -> float:
 def stale_temporaries(folder: Path) -> list[Path]:
     """Return the temporaries in a folder that no writer will finish.
 
-    One of this host is stale when its process is gone; any other when it has not changed for STALE_SECONDS.
+    One of this host is stale when its process is gone; any other when it has not changed for STALE_SECONDS,
+    or has a time that far ahead, which a wrong clock gave it.
     Removing the temporary of a writer that lives after all costs it a second try, not a row.
     """
     stale = []
@@ -203,7 +204,7 @@ def stale_temporaries(folder: Path) -> list[Path]:
         match = TEMPORARY.fullmatch(entry.name)
         path = Path(entry.path)
         if match and (
-            (match[1] == HOST and _is_dead(int(match[2]))) or time.time() - changed(path) > STALE_SECONDS
+            (match[1] == HOST and _is_dead(int(match[2]))) or abs(time.time() - changed(path)) > STALE_SECONDS
         ):
             stale.append(path)
     return stale
@@ -221,7 +222,8 @@ def _is_dead(process_id: int) -> bool:
 
 def touch(path: Path) -> None:
     """Set a file's time of change to now, making it when it does not exist."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    fd = os.open(path, flags, 0o666)
     try:
         os.utime(fd)
     finally:

@@ -5,6 +5,7 @@ after it, so that whoever is reading them can finish; one who comes later comput
 """
 
 import json
+import os
 import re
 import time
 import uuid
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from tlcli.cache import files
-from tlcli.cache.entry import TAG
+from tlcli.cache.entry import TAG, last_used
 from tlcli.cache.files import storage_errors
 from tlcli.cache.shard import Shard
 from tlcli.cache.store import Store, Summary
@@ -29,7 +30,6 @@ IN_USE_SECONDS = 900.0  # an entry used this recently is kept (the mark is at mo
 QUARANTINE_SECONDS = 30 * 86400.0  # how long damaged shards are kept for a look at them
 SMALL_BYTES = FLUSH_BYTES // 4  # smaller shards are merged
 AGES = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 @dataclass(frozen=True)
@@ -83,18 +83,6 @@ def parse_age(text: str) -> float:
             f"{text!r} is not an age.", hint="Write a number and s, m, h, d or w: 45m, 12h, 30d."
         )
     return float(match[1]) * AGES[match[2]]
-
-
-def parse_size(text: str) -> int:
-    """Return a size such as "20GB", "500MB" or "1.5GiB" in bytes; GB is 10**9, GiB is 2**30.
-
-    Raises:
-        UsageError: It is no number with a unit.
-    """
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?(?:([kmgt]?)(i?)b|([kmgt]))", text.strip().lower())
-    if not match or (match[3] and not match[2]):
-        raise UsageError(f"{text!r} is not a size.", hint="Write a number and a unit: 500MB, 20GB, 1.5GiB.")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** POWERS[match[2] or match[4] or ""])
 
 
 def plan_prune(
@@ -181,7 +169,8 @@ def execute_prune(
             files.remove_tree(item.path)
         progress.advance()
     for item in plan.retired:
-        _retire(store, item.path, clock())
+        if clock() - last_used(item.path) >= IN_USE_SECONDS:  # it may have been used since the plan
+            _retire(store, item.path, clock())
         progress.advance()
     for key in dict.fromkeys(item.key for item in plan.compacted):
         names = {item.path.name for item in plan.compacted if item.key == key}
@@ -228,17 +217,36 @@ def _check_tagged(store: Store) -> None:
     """Refuse a folder that tlcli did not make, or whose parts lead elsewhere.
 
     Raises:
-        StorageError: There is no tag, or a folder is a link.
+        StorageError: There is no tag, a folder is a link, or something is mounted inside.
     """
     tag = store.root / "CACHEDIR.TAG"
     tagged = tag.is_file() and tag.read_bytes().startswith(TAG[:43])
     links = [path for path in (store.entries_dir, store.trash_dir) if path.is_symlink()]
-    if not tagged or links:
-        why = f"{str(links[0])!r} is a link" if links else "it has no CACHEDIR.TAG"
+    mounted = mounted_below(store.root)
+    why = "" if tagged else "it has no CACHEDIR.TAG"
+    why = f"{str(links[0])!r} is a link" if links else why
+    why = f"another folder is mounted at {mounted!r}" if mounted else why
+    if why:
         raise StorageError(
             f"{str(store.root)!r} is not pruned: {why}.",
             hint="tlcli deletes only in a folder that it made itself; see TLCLI_HOME.",
         )
+
+
+def mounted_below(root: Path, table: Path = Path("/proc/self/mountinfo")) -> str | None:
+    """Return a place inside a folder where something is mounted; None also where the system has no list.
+
+    Args:
+        root: The folder.
+        table: Linux's list: the fifth word of a line is the place, a blank in it as its octal code.
+    """
+    try:
+        lines = table.read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    places = (re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split()[4]) for line in lines)
+    inside = os.path.join(os.path.realpath(root), "")
+    return next((place for place in places if place.startswith(inside)), None)
 
 
 def _small(shards: tuple[Shard, ...]) -> list[Shard]:

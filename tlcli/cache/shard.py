@@ -28,7 +28,8 @@ SUFFIX = ".safetensors"
 KEY_BYTES = 36  # 32 of the image's SHA-256, 4 of the view, little-endian
 TABLE_BYTES = 8 + KEY_BYTES  # a row's share of the tables before the rows
 MAX_HEADER_BYTES = 65536
-CHUNK_BYTES = 4 << 20  # longest single read of rows
+MAX_ROWS = 1 << 48  # no disk holds more; numbers of thousands of digits cannot even be printed
+CHUNK_BYTES = 1 << 20  # longest single read of rows: what fits the processor's cache is checked at once
 PASSING = (errno.EIO, errno.ESTALE)
 GAP_BYTES = 64 << 10  # unwanted bytes worth reading through to save a system call
 DTYPES = {"fp32": ("F32", "<f4"), "bf16": ("BF16", "<u2")}
@@ -193,6 +194,11 @@ class Shard:
         """Return the size of the file."""
         return self.rows_offset + len(self.keys) * self.row_bytes
 
+    @property
+    def num_damaged(self) -> int:
+        """Return how many rows were found damaged."""
+        return int((~self.sound).sum())
+
     def row_keys(self) -> list[RowKey]:
         """Return the key of every row, in the order of the file."""
         text = self.keys[:, :32].tobytes().hex()
@@ -255,16 +261,7 @@ def open_shard(path: Path, entry_key: str, row_format: RowFormat) -> Shard:
         if 8 + length > MAX_HEADER_BYTES:
             raise DamagedShard(f"its header claims {length} bytes; less than {MAX_HEADER_BYTES} are allowed")
         header = _read_exactly(fd, 8 + length, 0)
-        try:
-            claimed = json.loads(header[8:])
-            num_rows, env = claimed["rows"]["shape"][0], claimed["__metadata__"]["env"]
-            owner = claimed["__metadata__"]["entry_key"]
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            raise DamagedShard("its header is not that of a shard") from error
-        if owner != entry_key:
-            raise DamagedShard(f"it belongs to another entry, {str(owner)[:64]!r}")
-        if type(num_rows) is not int or num_rows < 1 or type(env) is not str:
-            raise DamagedShard("its header is not that of a shard")
+        num_rows, env = _claims(header, entry_key)
         if header != shard_header(entry_key, row_format, num_rows, env):
             raise DamagedShard("its header is not the one its entry and number of rows ask for")
         offset = len(header)
@@ -277,6 +274,26 @@ def open_shard(path: Path, entry_key: str, row_format: RowFormat) -> Shard:
     view = np.frombuffer(tables, np.uint8, 4 * num_rows, 40 * num_rows).reshape(num_rows, 4)
     keys = np.concatenate([sha256, view], axis=1)
     return Shard(path, env, keys, checksums, row_format.row_bytes, offset + num_rows * TABLE_BYTES)
+
+
+def _claims(header: bytes, entry_key: str) -> tuple[int, str]:
+    """Return the number of rows and the environment record that a header names.
+
+    Raises:
+        DamagedShard: It is not the header of a shard of this entry.
+    """
+    try:
+        claimed = json.loads(header[8:])
+        num_rows, env = claimed["rows"]["shape"][0], claimed["__metadata__"]["env"]
+        owner = claimed["__metadata__"]["entry_key"]
+        plain = type(env) is str and environment(json.loads(env)) == env
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise DamagedShard("its header is not that of a shard") from error
+    if owner != entry_key:
+        raise DamagedShard(f"it belongs to another entry, {str(owner)[:64]!r}")
+    if type(num_rows) is not int or not 1 <= num_rows < MAX_ROWS or not plain:
+        raise DamagedShard("its header is not that of a shard")
+    return num_rows, env
 
 
 def environment(env: Mapping[str, Any]) -> str:

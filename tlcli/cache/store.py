@@ -30,6 +30,7 @@ from tlcli.errors import StorageError, UsageError
 
 KEY_NAME = re.compile(r"[0-9a-f]{64}")
 MIN_FREE_BYTES = 256 << 20
+POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 class Store:
@@ -99,7 +100,7 @@ class Store:
         return self.entries_dir / key[:2] / key
 
     def all_keys(self) -> list[str]:
-        """Return the keys of all entries, sorted; unusable ones too."""
+        """Return the keys of all entries, sorted; unusable ones too, such as shards without a spec.json."""
         with storage_errors("list", self.entries_dir):
             return [
                 folder.name
@@ -107,7 +108,7 @@ class Store:
                 for folder in files.subfolders(group)
                 if KEY_NAME.fullmatch(folder.name)
                 and folder.name[:2] == group.name
-                and (folder / "spec.json").exists()
+                and ((folder / "spec.json").exists() or files.list_folder(folder / "shards"))
             ]
 
     def find(self, prefix: str, *, repair: bool = False) -> Entry:
@@ -172,18 +173,26 @@ class Store:
         need = f"The new features need {size_text(num_bytes)} in {str(self.root)!r};"
         if self.max_bytes is not None and (used := self.num_bytes()) + num_bytes > self.max_bytes:
             cap = f"{size_text(used)} are used of the cache's cap of {size_text(self.max_bytes)}."
-            raise StorageError(f"{need} {cap}", hint=hint)
-        free = self.free_bytes()
+            raise StorageError(
+                f"{need} {cap}",
+                hint="Make room (`tlcli cache prune --max-size SIZE`), or raise --cache-max-size.",
+            )
+        free = self._disk_bytes()
         if num_bytes > free:
             all_free, kept = size_text(free + self.min_free_bytes), size_text(self.min_free_bytes)
             raise StorageError(f"{need} {all_free} are free, {kept} of them kept in reserve.", hint=hint)
 
     def free_bytes(self) -> int:
-        """Return the bytes that may still be written: what is free without the reserve; may be negative.
+        """Return the bytes that may still be written below cap and reserve; may be negative.
 
         Raises:
             StorageError: It cannot be measured.
         """
+        on_disk = self._disk_bytes()
+        return on_disk if self.max_bytes is None else min(on_disk, self.max_bytes - self.num_bytes())
+
+    def _disk_bytes(self) -> int:
+        """Return the bytes that the disk has free without the reserve."""
         existing = self.root
         with storage_errors("measure free space for", self.root):
             while not existing.exists():
@@ -223,3 +232,15 @@ class Summary:
     shards: tuple[Shard, ...]
     num_bytes: int
     last_used: float
+
+
+def parse_size(text: str) -> int:
+    """Return a size such as "20GB", "500MB" or "1.5GiB" in bytes; GB is 10**9, GiB is 2**30.
+
+    Raises:
+        UsageError: It is no number with a unit.
+    """
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?(?:([kmgt]?)(i?)b|([kmgt]))", text.strip().lower())
+    if not match or (match[3] and not match[2]):
+        raise UsageError(f"{text!r} is not a size.", hint="Write a number and a unit: 500MB, 20GB, 1.5GiB.")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** POWERS[match[2] or match[4] or ""])

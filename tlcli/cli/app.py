@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from tlcli import __version__, paths
+from tlcli import __version__, memory, paths
 from tlcli.cli import options, output
 from tlcli.errors import Interrupted, TlcliError
 
@@ -55,6 +55,9 @@ DISK_OR_PERMISSION = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO,
     errno.ENOMEM,
 }  # fmt: skip
+
+
+ODD_PATH = {errno.ENAMETOOLONG, errno.ELOOP}
 
 
 def build() -> typer.Typer:
@@ -127,9 +130,9 @@ def _failed(error: TlcliError) -> int:
 
 def _unexpected(error: Exception) -> int:
     """Map what the machine refuses to 5; anything else is a bug and shows its traceback."""
-    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if out_of_memory or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
-        hint = "Use a smaller --image-size or --batch-size, or another --device."
+    if memory.is_out_of_memory(error):
+        hint = "Use a smaller --image-size, fewer --workers, in training a smaller --batch-size, or another "
+        hint += "--device. Finished work is kept: the same command continues it."
         output.print_error(
             f"Out of memory: {str(error).splitlines()[0] if str(error) else 'no detail'}", hint
         )
@@ -141,6 +144,12 @@ def _unexpected(error: Exception) -> int:
             f"Check space and permissions; tlcli keeps its state in {paths.home()}.",
         )
         return 5
+    if isinstance(error, OSError) and error.errno in ODD_PATH:
+        output.print_error(f"No such path can be: {error.strerror} ({error.filename}).", "Check the path.")
+        return 2
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # of pathlib
+        output.print_error("A path begins with ~, and there is no such home folder.", "Write it in full.")
+        return 2
     traceback.print_exception(error)
     output.print_error("This is a bug in tlcli; please report it with the lines above.")
     return 1
@@ -148,6 +157,9 @@ def _unexpected(error: Exception) -> int:
 
 def _prepare() -> None:
     """Make odd file names printable, SIGTERM end like Ctrl-C, and TLCLI_OFFLINE hold for the hub client."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller, as with >&-
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open as long as the process
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -144,8 +144,8 @@ def verify(out: Output, config: CacheVerifyConfig) -> None:
 def prune(out: Output, config: CachePruneConfig) -> None:
     """Delete old entries, merge small shards, and empty the trash."""
     from tlcli.cache.files import size_text
-    from tlcli.cache.prune import GRACE_SECONDS, execute_prune, parse_age, parse_size, plan_prune
-    from tlcli.cache.store import Store
+    from tlcli.cache.prune import GRACE_SECONDS, execute_prune, parse_age, plan_prune
+    from tlcli.cache.store import Store, parse_size
 
     age = None if config.older_than is None else parse_age(config.older_than)
     size = None if config.max_size is None else parse_size(config.max_size)

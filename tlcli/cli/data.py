@@ -31,13 +31,18 @@ SPLITS = ("train", "val", "test")
 def check(out: Output, config: DataCheckConfig) -> None:
     """Read and decode every image; exit with 3 on what would poison training."""
     from tlcli.data.audit import audit, examine
+    from tlcli.data.isolate import examine_isolated
     from tlcli.data.scan import scan
     from tlcli.data.split import assign_splits, limit_per_class
     from tlcli.device import torch_threads
 
     dataset = scan(config)
-    with torch_threads(1):
-        examined = examine(dataset.samples, config.workers or paths.default_workers(), out.progress)
+    workers = config.workers or paths.default_workers()
+    if config.isolate is not None:
+        examined = examine_isolated(dataset.samples, workers, out.progress, seconds=config.isolate)
+    else:
+        with torch_threads(1):
+            examined = examine(dataset.samples, workers, out.progress)
     fingerprints = [item.fingerprint for item in examined]
     splits = assign_splits(
         dataset.samples, fingerprints, val_fraction=config.val_fraction, split_seed=config.split_seed
@@ -104,12 +109,12 @@ def split(out: Output, config: DataSplitConfig) -> None:
     if bad:
         out.note(f"{len(bad)} of these files cannot be read; `tlcli data check` names them.")
     if config.output:
-        out.note(f"Wrote {len(kept)} rows to {config.output}.")
+        out.note(f"Wrote {len(kept)} rows to {config.output!r}.")
         outside = any(row.filename.startswith("..") for row in rows)
         if outside:
             out.note(
-                f"They name images outside the folder of {config.output}: use it with --allow-outside-root, "
-                f"or write it into {dataset.root}."
+                f"They name images outside the folder of {config.output!r}: use it with "
+                f"--allow-outside-root, or write it into {str(dataset.root)!r}."
             )
         _hint_finetune(out, config.output, outside)
 

@@ -9,7 +9,7 @@ import inspect
 import os
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +17,7 @@ import typer
 from tlcli import config as configurations
 from tlcli import option_groups, paths
 from tlcli.cli.output import Output
-from tlcli.errors import CheckFailed, Interrupted
+from tlcli.errors import CheckFailed, Interrupted, UsageError
 
 PANELS = {
     option_groups.DataOptions: "Data",
@@ -27,6 +27,8 @@ PANELS = {
     option_groups.HeadOptions: "Head and training",
     option_groups.TrainingOptions: "Training of the backbone",
 }
+
+LARGEST = 2**63 - 1  # what a generator takes as its seed; numbers beyond are of no use to any option
 
 interrupting_signal = 2  # set by the handler of app.py; SIGINT unless a SIGTERM came
 
@@ -57,6 +59,7 @@ def command(
                 dry_run=values.pop("dry_run", False),
             )
             values.pop("config")
+            _check_values(config_type, values)
             plain = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
             try:
                 function(out, config_type(**plain))
@@ -89,6 +92,31 @@ def command(
     return decorate
 
 
+def _check_values(config_type: type, values: dict[str, Any]) -> None:
+    """Refuse numbers out of range, NaN and infinity among them, and empty text.
+
+    Empty text is what an unset variable of a script leaves: `--weights "$WEIGHTS"` would silently use others.
+
+    Raises:
+        UsageError: A value is one of these.
+    """
+    for field in dataclasses.fields(config_type):
+        value, about = values[field.name], field.metadata
+        name = str(about["metavar"]) if about.get("argument") else f"--{configurations.long_name(field.name)}"
+        if isinstance(value, int | float):
+            low, high = about.get("minimum"), about.get("maximum")
+            low, high = -LARGEST if low is None else low, LARGEST if high is None else high
+            if not low <= value <= high:
+                raise UsageError(
+                    f"{name} {value} is out of range.", hint=f"Expected a number from {low} to {high}."
+                )
+        if "" in (value if isinstance(value, list | tuple) else [value]):
+            raise UsageError(
+                f"{name} is empty; expected {about['help'][0].lower()}{about['help'][1:]}",
+                hint="Leave it out, or check the variable that it comes from.",
+            )
+
+
 def _fields(config_type: type) -> list[inspect.Parameter]:
     hints = typing.get_type_hints(config_type)
     parameters = []
@@ -103,11 +131,9 @@ def _fields(config_type: type) -> list[inspect.Parameter]:
             plain = _without_none(hint)
             info = typer.Option(
                 *(about["flags"] or _flags(field.name, plain)),
-                help=about["help"],
+                help=about["help"] + _range(about),
                 metavar=about["metavar"],
                 envvar=about["envvar"],
-                min=about["minimum"] if plain in (int, float) else None,
-                max=about["maximum"] if plain in (int, float) else None,
                 rich_help_panel=_panel(config_type, field.name),
                 show_default=default is not None,
             )
@@ -117,12 +143,18 @@ def _fields(config_type: type) -> list[inspect.Parameter]:
 
 def _common(config_type: type) -> list[inspect.Parameter]:
     known = {field.name for field in dataclasses.fields(config_type)}
+    switches = {name for name, hint in typing.get_type_hints(config_type).items() if hint is bool}
 
     def load(ctx: typer.Context, path: str | None) -> str | None:
-        if path:
+        if path is not None:
+            if not path:
+                raise UsageError("--config is empty.", hint="Leave it out, or name a YAML file.")
             options = configurations.read_config_file(path, known)
+            # As the same text after a flag: a number given as it is would be rounded, 1.5 epochs to 1.
             ctx.default_map = {
-                name: ",".join(map(str, value)) if isinstance(value, list) and name != "images" else value
+                name: value
+                if name in switches or name == "images"
+                else ",".join(map(str, value if isinstance(value, list) else [value]))
                 for name, value in options.items()
             }
         return path
@@ -145,6 +177,14 @@ def _common(config_type: type) -> list[inspect.Parameter]:
             "offline", flag("--offline", help="Never ask a hub for weights (env var: TLCLI_OFFLINE)."), False
         ),
     ]
+
+
+def _range(about: Mapping[str, Any]) -> str:
+    """Return the range of an option for its help."""
+    low, high = about["minimum"], about["maximum"]
+    if low is None:
+        return ""
+    return f" ({low} or more)" if high is None else f" ({low} to {high})"
 
 
 def _flags(name: str, hint: Any) -> tuple[str, ...]:

@@ -48,7 +48,8 @@ class Output:
         self._out = _Stdout(file=sys.stdout, soft_wrap=True, highlight=False, width=width)
         self._err = Console(file=sys.stderr, soft_wrap=True, highlight=False)
         self.progress: Progress = Silent()
-        if self._err.is_terminal and not quiet and not json_document:
+        # FORCE_COLOR makes rich take any file for a terminal: a bar would flood it with lines.
+        if sys.stderr.isatty() and not self._err.is_dumb_terminal and not quiet and not json_document:
             self.progress = Bar(self._err)
         level = (
             logging.ERROR
@@ -79,7 +80,7 @@ class Output:
             self.write(json.dumps({"schema": schema(name), **document}, indent=2, allow_nan=False))
             return
         for item in renderables:
-            self._out.print(escape(item) if isinstance(item, str) else item)
+            self._out.print(_lines(item) if isinstance(item, str) else item)
 
     def write(self, line: str) -> None:
         """Write one line of a stream of results (CSV, JSON lines) to stdout, at once."""
@@ -92,26 +93,26 @@ class Output:
         """Print what is about to be done, on stderr."""
         if self.quiet:
             return
-        self._err.print(f"[bold]{escape(title)}[/bold]")
+        self._err.print(f"[bold]{escape(printable(title))}[/bold]")
         width = max(map(len, facts), default=0)
         for key, value in facts.items():
-            self._err.print(f"  [dim]{escape(key.ljust(width))}[/dim]  {escape(str(value))}")
+            self._err.print(f"  [dim]{escape(key.ljust(width))}[/dim]  {escape(printable(str(value)))}")
 
     def note(self, text: str) -> None:
         """Print a line for the user on stderr."""
         if not self.quiet:
-            self._err.print(escape(text))
+            self._err.print(_lines(text))
 
     def warn(self, text: str) -> None:
         """Print a warning on stderr, also with --quiet."""
         if not self.main:
             return
-        self._err.print(f"[yellow]warning:[/yellow] {escape(text)}")
+        self._err.print(f"[yellow]warning:[/yellow] {_lines(text)}")
 
     def hint(self, text: str) -> None:
         """Print what to do next on stderr."""
         if not self.quiet:
-            self._err.print(f"[dim]next:[/dim] {escape(text)}")
+            self._err.print(f"[dim]next:[/dim] {escape(printable(text))}")
 
 
 def schema(name: str) -> str:
@@ -123,12 +124,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
     """Return a table; numbers are set to the right, None is shown as a dash, text is escaped."""
     cells = [list(row) for row in rows]
     result = Table(
-        title=escape(title) if title else None, title_justify="left", box=None, pad_edge=False,
+        title=escape(printable(title)) if title else None, title_justify="left", box=None, pad_edge=False,
         header_style="bold", show_header=any(columns),
     )  # fmt: skip
     for number, column in enumerate(columns):
         numeric = any(isinstance(row[number], int | float) for row in cells)
-        result.add_column(escape(column), justify="right" if numeric else "left", overflow="fold")
+        result.add_column(escape(printable(column)), justify="right" if numeric else "left", overflow="fold")
     for row in cells:
         result.add_row(*(cell(value) for value in row))
     return result
@@ -150,12 +151,17 @@ def printable(text: str) -> str:
     )
 
 
+def _lines(text: str) -> str:
+    """Return `text` for rich, its line breaks kept and all else as `printable` has it."""
+    return escape("\n".join(map(printable, text.split("\n"))))
+
+
 def print_error(message: str, hint: str | None = None) -> None:
     """Print an error, and what to do about it, on stderr."""
     console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
-    console.print(f"[bold red]error:[/bold red] {escape(message)}")
+    console.print(f"[bold red]error:[/bold red] {_lines(message)}")
     if hint:
-        console.print(f"  {escape(hint)}")
+        console.print(f"  {_lines(hint)}")
 
 
 class _Stdout(Console):
@@ -219,6 +225,6 @@ class _Handler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = escape(record.getMessage())
+        text = _lines(record.getMessage())
         prefix = "[yellow]warning:[/yellow] " if record.levelno >= logging.WARNING else ""
         self._console.print(prefix + text)

@@ -76,6 +76,8 @@ def _cells(prediction: "Prediction", top: int) -> list[str]:
 
 
 def _csv_line(cells: list[str]) -> str:
+    from tlcli.data.listing import spreadsheet_cell
+
     line = io.StringIO()
-    csv.writer(line).writerow(cells)  # \r\n, so that a name with either is quoted
+    csv.writer(line).writerow(map(spreadsheet_cell, cells))  # \r\n, so that a name with either is quoted
     return line.getvalue().removesuffix("\r\n")

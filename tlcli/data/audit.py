@@ -129,7 +129,7 @@ def examine(samples: Sequence[Sample], workers: int, progress: Progress) -> list
         workers: Number of threads; torch's own should be set to one meanwhile.
         progress: Told of every image.
     """
-    return list(map_threads(_examine, samples, workers, "checking", progress))
+    return list(map_threads(examine_one, samples, workers, "checking", progress))
 
 
 def audit(
@@ -225,7 +225,8 @@ def require_usable(
     )
 
 
-def _examine(sample: Sample) -> Examined:
+def examine_one(sample: Sample) -> Examined:
+    """Return what one image is."""
     try:
         data = read_bytes(sample.path)
     except DecodeError as error:
@@ -382,7 +383,7 @@ def _odd_contents(usable: Sequence[_Usable]) -> Iterable[Finding]:
 def _policies(usable: Sequence[_Usable]) -> Iterable[Finding]:
     """Notes on images that the decoder handles by a policy of its own."""
     policies: tuple[tuple[str, str, Callable[[ImageFacts], bool]], ...] = (
-        ("animation", "with several frames or pages; the first is used", lambda facts: facts.frames > 1),
+        ("animation", "with several frames or pages; the first is used", lambda facts: facts.animated),
         ("alpha", "with transparency; put on white", lambda facts: facts.alpha),
         ("cmyk", "in CMYK; converted to RGB", lambda facts: facts.mode == "CMYK"),
         ("grey16", "with 16-bit grey; scaled to 8 bit", lambda facts: facts.mode.startswith("I")),

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,8 +88,30 @@ def collect(
     splits = assign_splits(
         dataset.samples, fingerprints, val_fraction=options.val_fraction, split_seed=options.split_seed
     )
+    _warn_of_copies(dataset.samples, fingerprints, splits)
     named = any(sample.split in {"val", "test"} for sample in dataset.samples)
     collection = Collection(dataset, fingerprints, splits, named)
     if options.limit_per_class is None:
         return collection
     return collection.select(limit_per_class(dataset.samples, fingerprints, splits, options.limit_per_class))
+
+
+def _warn_of_copies(
+    samples: Sequence[Sample], fingerprints: Sequence[Fingerprint], splits: Sequence[str]
+) -> None:
+    """Tell of images that contradict each other, or are in the training data and measured on."""
+    labels: dict[str, set[int | None]] = defaultdict(set)
+    sides: dict[str, set[str]] = defaultdict(set)
+    for sample, found, split in zip(samples, fingerprints, splits, strict=True):
+        if found.sha256 is not None:
+            labels[found.sha256].add(sample.label)
+            sides[found.sha256].add(split)
+    for values, what in (
+        (labels.values(), "conflicting labels: the same image in more than one class"),
+        (
+            sides.values(),
+            "leakage: the same image in more than one split, so what is measured on it is memory",
+        ),
+    ):
+        if count := sum(len(value) > 1 for value in values):
+            logger.warning("%s (%d such; `tlcli data check` names them)", what, count)

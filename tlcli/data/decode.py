@@ -2,8 +2,9 @@
 
 Nothing here trusts a file: only regular files of at most MAX_FILE_BYTES are read, the format is told by the
 first bytes and must be on a short list, the size is refused by the header before any pixel is allocated, and
-a file that ends early is refused although most decoders would fill the rest with grey. What is done with
-unusual but valid images is POLICY, which belongs to the cache key:
+a file that ends early is refused although most decoders would fill the rest with grey. Small files that would
+keep a decoder busy for minutes are refused too. What is done with unusual but valid images is POLICY, which
+belongs to the cache key:
 
 - EXIF orientation is applied; a corrupt EXIF block is ignored, and so are ICC profiles.
 - CMYK (Adobe's inverted kind too) and YCbCr are converted to RGB; 16-bit grey is scaled, never clipped.
@@ -19,6 +20,7 @@ import contextlib
 import functools
 import importlib
 import os
+import re
 import stat
 import struct
 import warnings
@@ -36,7 +38,11 @@ if TYPE_CHECKING:
 
 MAX_FILE_BYTES = 256 * 2**20
 MAX_PIXELS = 89_478_485  # a quarter of a GiB as RGB; also where Pillow begins to warn
+MAX_SIDE = 65_535  # what a JPEG can have; Pillow's time grows with the square of a row's bytes
+MAX_RUN_LENGTH_PIXELS = 2**24  # of a BMP in runs, which Pillow decodes in Python, a pixel at a time
+MAX_SCANS = 100  # of a JPEG: encoders write about ten, and each may cost a pass over all pixels
 BACKGROUND = 255
+_BAND_PIXELS = 2**22
 
 _FORMATS = {
     "JPEG": ("JpegImagePlugin", "JpegImageFile"),
@@ -76,6 +82,9 @@ _REFUSED = (
 )
 _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_MARKER_IN_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_PPM_COMMENT = re.compile(rb"#[^\r\n]*[\r\n]?")
+_NO_MEMORY = "too little memory to decode it"
 _ORIENTATION_TAG = 0x0112
 _BITS_PER_SAMPLE_TAG = 258
 _PNG_END = b"IEND\xaeB`\x82"
@@ -85,8 +94,8 @@ _PNG_END = b"IEND\xaeB`\x82"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.frombuffer(b"once", dtype=torch.uint8)
-# A corrupt EXIF block is ignored by policy.
-warnings.filterwarnings("ignore", message="(Possibly c|C)orrupt EXIF data", module="PIL")
+# What Pillow warns of, a corrupt EXIF block above all, is ignored by policy or refused.
+warnings.filterwarnings("ignore", module="PIL")
 
 
 def _find_jpeg_operator() -> Any:
@@ -154,7 +163,7 @@ class ImageFacts:
         width: In pixels, as stored (before EXIF orientation).
         height: In pixels, as stored.
         mode: Pillow's name of the pixel layout: L, RGB, CMYK, P, RGBA, I;16, ...
-        frames: Frames of an animation, or pages; 1 for a plain image.
+        animated: Whether there are more frames or pages than the one that is used.
         alpha: Whether the image can be transparent.
         orientation: EXIF orientation, 1 to 8; 1 is upright.
     """
@@ -163,7 +172,7 @@ class ImageFacts:
     width: int
     height: int
     mode: str
-    frames: int = 1
+    animated: bool = False
     alpha: bool = False
     orientation: int = 1
 
@@ -246,16 +255,16 @@ def inspect(data: bytes) -> ImageFacts:
     if name == "JPEG":
         return _jpeg_facts(_read_jpeg_header(data))
     image = _open(name, data)
-    try:
-        frames = int(getattr(image, "n_frames", 1))
-    except Exception:  # counting the frames of a damaged animation; decoding the first one may still work
-        frames = 1
+    try:  # not n_frames: counting those of a long file can take minutes
+        animated = bool(getattr(image, "is_animated", False))
+    except Exception:  # the second frame is damaged; decoding the first one may still work
+        animated = True
     return ImageFacts(
         format=name,
         width=image.width,
         height=image.height,
         mode=image.mode,
-        frames=frames,
+        animated=animated,
         alpha=_has_alpha(image),
         orientation=_orientation(_exif(image)),
     )
@@ -304,6 +313,8 @@ def _check_size(width: int, height: int) -> None:
         raise DecodeError(f"{width}x{height} pixels: an empty image")
     if width * height > MAX_PIXELS:
         raise DecodeError(f"{width}x{height} pixels, more than the {MAX_PIXELS:,} an image may have")
+    if max(width, height) > MAX_SIDE:
+        raise DecodeError(f"{width}x{height} pixels, more than the {MAX_SIDE:,} a side may have")
 
 
 def _read_jpeg_header(data: bytes) -> _JpegHeader:
@@ -329,6 +340,8 @@ def _read_jpeg_header(data: bytes) -> _JpegHeader:
         if marker == 0xD9:
             break
         size = data[position + 2] << 8 | data[position + 3]
+        if marker < 0xC0 or size < 2:  # decoders resume elsewhere, where another frame header may wait
+            raise DecodeError("corrupt JPEG: no segment where one must be")
         if marker in _FRAME_MARKERS and frame is None and position + 10 <= length:
             precision, height, width, components = struct.unpack_from(">BHHB", data, position + 4)
             frame = (width, height, components, precision, marker)
@@ -338,11 +351,43 @@ def _read_jpeg_header(data: bytes) -> _JpegHeader:
                 raise DecodeError("corrupt JPEG: a scan without a frame header")
             if data.rfind(b"\xff\xd9") < position:
                 raise DecodeError("truncated JPEG: the end marker is missing")
+            _check_scans(data, position)
             return _JpegHeader(*frame, exif=exif)
         if marker == 0xE1 and not exif and data[position + 4 : position + 10] == b"Exif\0\0":
             exif = data[position + 4 : position + 2 + size]
         position += 2 + size
     raise DecodeError("truncated JPEG: it ends before the image begins")
+
+
+def _check_scans(data: bytes, position: int) -> None:
+    """Refuse a JPEG of very many scans; the first begins at `position`."""
+    # The bytes may also stand in what follows the image: only when there are many is it worth a real count.
+    if data.count(b"\xff\xda", position) <= MAX_SCANS:
+        return
+    count = 0
+    while found := _MARKER_IN_SCAN.search(data, position):
+        position, marker = found.start(), data[found.start() + 1]
+        if marker == 0xD9:
+            return
+        count += marker == 0xDA
+        if count > MAX_SCANS:
+            raise DecodeError(f"a JPEG of more than the {MAX_SCANS} scans that one may have")
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+
+
+def _check_webp(data: bytes) -> None:
+    """Refuse a WebP that ends early or is too large; libwebp takes memory for it when it is opened."""
+    if len(data) < 8 + int.from_bytes(data[4:8], "little"):
+        raise DecodeError("truncated WEBP: shorter than its header says")
+    kind, head = data[12:16], data[20:30].ljust(10, b"\0")
+    if kind == b"VP8X":
+        _check_size(1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:10], "little"))
+    elif kind == b"VP8L":
+        bits = int.from_bytes(head[1:5], "little")
+        _check_size(1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF))
+    elif kind == b"VP8 ":
+        width, height = struct.unpack_from("<HH", head, 6)
+        _check_size(width & 0x3FFF, height & 0x3FFF)
 
 
 def _jpeg_facts(header: _JpegHeader) -> ImageFacts:
@@ -364,6 +409,8 @@ def _decode_by_torchvision(data: bytes) -> torch.Tensor:
     try:
         image: torch.Tensor = _DECODE_JPEG(torch.frombuffer(data, dtype=torch.uint8), 3, True)
     except RuntimeError as error:
+        if "can't allocate memory" in str(error):
+            raise DecodeError(_NO_MEMORY) from error
         reason = str(error).splitlines()[0] if str(error) else "unknown error"
         word = "truncated" if "incomplete or truncated" in reason else "corrupt"
         raise DecodeError(f"{word} JPEG: {reason}") from error
@@ -382,19 +429,26 @@ def _image_file(name: str) -> Any:
 
 
 def _open(name: str, data: bytes) -> "Image":
+    if name == "PNG":
+        _check_png(data)
+    elif name == "WEBP":
+        _check_webp(data)
+    elif name == "PPM" and data[1:2] in b"123":
+        data = _PPM_COMMENT.sub(b"", data)  # Pillow's time grows with the square of their number
     try:
         image: Image = _image_file(name)(BytesIO(data))
+    except MemoryError as error:
+        raise DecodeError(_NO_MEMORY) from error
     except Exception as error:  # decoders raise anything on damaged files
         raise DecodeError(f"corrupt {name} header: {_brief(error)}") from error
     _check_size(image.width, image.height)
+    in_runs = any(tile[0] == "bmp_rle" for tile in getattr(image, "tile", ()))
+    if in_runs and image.width * image.height > MAX_RUN_LENGTH_PIXELS:
+        raise DecodeError(f"{image.width}x{image.height} pixels, too many for a run-length encoded BMP")
     return image
 
 
 def _decode_by_pillow(name: str, data: bytes) -> torch.Tensor:
-    if name == "PNG":
-        _check_png(data)
-    elif name == "WEBP" and len(data) < 8 + int.from_bytes(data[4:8], "little"):
-        raise DecodeError("truncated WEBP: shorter than its header says")
     image = _open(name, data)
     _check_samples(image, name)
     try:
@@ -403,6 +457,8 @@ def _decode_by_pillow(name: str, data: bytes) -> torch.Tensor:
         array = _to_rgb(image)
     except DecodeError:
         raise
+    except MemoryError as error:
+        raise DecodeError(_NO_MEMORY) from error
     except Exception as error:  # decoders raise anything on damaged files
         word = "truncated" if "truncated" in str(error) else "corrupt"
         raise DecodeError(f"{word} {name}: {_brief(error)}") from error
@@ -473,7 +529,21 @@ def _has_alpha(image: "Image") -> bool:
 
 
 def _to_rgb(image: "Image") -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    """Return a loaded image as a writable, contiguous uint8 array [H, W, 3]."""
+    """Return a loaded image as a writable, contiguous uint8 array [H, W, 3].
+
+    In bands: Pillow makes a copy for each step, of all that it is given.
+    """
+    height = max(1, _BAND_PIXELS // image.width)
+    if height >= image.height:
+        return _band_to_rgb(image)
+    array = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, height):
+        bottom = min(top + height, image.height)
+        array[top:bottom] = _band_to_rgb(image.crop((0, top, image.width, bottom)))
+    return array
+
+
+def _band_to_rgb(image: "Image") -> "np.ndarray[Any, np.dtype[np.uint8]]":
     if image.mode.startswith("I"):
         return _grey16_to_rgb(image)
     if _has_alpha(image):

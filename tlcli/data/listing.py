@@ -10,6 +10,8 @@ import csv
 import difflib
 import io
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +19,10 @@ from tlcli.errors import DataError, StorageError, UsageError
 from tlcli.option_groups import DataOptions
 
 DELIMITERS: Mapping[str, str] = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
-MAX_LINE_CHARACTERS = 2**20
+MAX_RECORD_CHARACTERS = 2**20  # a record is one line, or several where a quoted cell holds line breaks
 MAX_PROBLEMS = 10
+MAX_PROBLEM_CHARACTERS = 500
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
 _FORMAT_HINT = (
     "Expected UTF-8 text: a header line `filename,label` (also `split` and `group` if you like), "
     "then a line an image."
@@ -56,7 +60,7 @@ class Problems:
         """Count a problem on line `line`."""
         self.count += 1
         if len(self.lines) < MAX_PROBLEMS:
-            self.lines.append(f"line {line}: {text}")
+            self.lines.append(f"line {line}: {_shortened(text)}")
 
     def check(self, hint: str | None = None) -> None:
         """Raise what was collected.
@@ -91,7 +95,32 @@ def read_rows(path: str, options: DataOptions) -> list[Row]:
             stream = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
             return _parse(path, stream, options)
     except OSError as error:
-        raise StorageError(f"{path!r} cannot be read: {error.strerror}.") from error
+        raise StorageError(
+            f"{path!r} cannot be read: {error.strerror}.", hint="Give yourself permission to read it."
+        ) from error
+
+
+def spreadsheet_cell(text: str) -> str:
+    """Return `text` for a CSV file that people open: with a quotation mark before what would be a formula.
+
+    A spreadsheet runs a cell that begins with `=`, `+`, `-` or `@`; numbers are left alone.
+    """
+    return f"'{text}" if _is_formula(text) else text
+
+
+def plain_cell(cell: str) -> str:
+    """Return the text of which `spreadsheet_cell` made `cell`."""
+    return cell[1:] if cell.startswith("'") and _is_formula(cell[1:]) else cell
+
+
+def _is_formula(text: str) -> bool:
+    if not _FORMULA.match(text):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return False
 
 
 def check_output(path: str, *, overwrite: bool) -> None:
@@ -165,25 +194,37 @@ def _check_encoding(path: str, head: bytes) -> None:
         raise DataError(f"{path!r} is compressed, expected plain text.", hint="Unpack it first.")
 
 
-def _lines(path: str, stream: io.TextIOWrapper) -> Iterator[str]:
-    number = 0
-    while line := stream.readline(MAX_LINE_CHARACTERS + 1):
-        number += 1
-        if len(line) > MAX_LINE_CHARACTERS:
-            raise DataError(
-                f"{path!r}, line {number} has more than {MAX_LINE_CHARACTERS:,} characters.",
-                hint=_FORMAT_HINT,
-            )
-        if "\0" in line:
-            raise DataError(
-                f"{path!r}, line {number} holds a NUL byte: this is not plain UTF-8 text.", hint=_FORMAT_HINT
-            )
-        yield line
+class _Lines:
+    """The lines of a file, with a bound on what one record of them may hold.
+
+    Attributes:
+        num_characters: Of the lines since the reader last gave a record and set this back to 0.
+    """
+
+    def __init__(self, path: str, stream: io.TextIOWrapper) -> None:
+        self.num_characters = 0
+        self._path = path
+        self._stream = stream
+        self._number = 0
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self._stream.readline(MAX_RECORD_CHARACTERS + 1):
+            self._number += 1
+            self.num_characters += len(line)
+            if self.num_characters > MAX_RECORD_CHARACTERS:
+                raise self._refusal(f"has more than {MAX_RECORD_CHARACTERS:,} characters.")
+            if "\0" in line:
+                raise self._refusal("holds a NUL byte: this is not plain UTF-8 text.")
+            yield line
+
+    def _refusal(self, what: str) -> DataError:
+        return DataError(f"{self._path!r}, line {self._number} {what}", hint=_FORMAT_HINT)
 
 
 def _parse(path: str, stream: io.TextIOWrapper, options: DataOptions) -> list[Row]:
     delimiter = DELIMITERS.get(os.path.splitext(path)[1].lower(), ",")
-    reader = csv.reader(_lines(path, stream), delimiter=delimiter, strict=True)
+    lines = _Lines(path, stream)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     problems = Problems(path)
     rows: list[Row] = []
     header: list[str] | None = None
@@ -201,6 +242,7 @@ def _parse(path: str, stream: io.TextIOWrapper, options: DataOptions) -> list[Ro
             else:
                 rows.append(Row(line, *("" if at is None else cells[at] for at in columns)))
             line = reader.line_num + 1
+            lines.num_characters = 0
     except csv.Error as error:
         problems.add(line, f"{error} (is a quotation mark not closed?)")
     if header is None:
@@ -209,13 +251,17 @@ def _parse(path: str, stream: io.TextIOWrapper, options: DataOptions) -> list[Ro
     return rows
 
 
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_PROBLEM_CHARACTERS else text[:MAX_PROBLEM_CHARACTERS] + " ..."
+
+
 def _columns(path: str, header: list[str], delimiter: str, options: DataOptions) -> list[int | None]:
     """Return where the filename, label, split and group columns are; None for one that is absent."""
-    for number, name in enumerate(header):
-        if name in header[:number]:
-            raise DataError(
-                f"{path!r}, line 1 names column {name!r} twice.", hint="Give every column a name of its own."
-            )
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
+        raise DataError(
+            f"{path!r}, line 1 names column {_shortened(repr(twice[0]))} twice.",
+            hint="Give every column a name of its own.",
+        )
     wanted = {
         "filename_column": options.filename_column,
         "label_column": options.label_column,
@@ -231,7 +277,8 @@ def _column(path: str, header: list[str], delimiter: str, field: str, name: str)
     default = DataOptions.__dataclass_fields__[field].default
     if field in ("split_column", "group_column") and name == default:
         return None
-    found = ", ".join(repr(cell) for cell in header[:20])
+    header = header[:100]  # more would not be read, and comparing them all with `name` takes its time
+    found = _shortened(", ".join(repr(cell) for cell in header[:20]))
     message = f"{path!r}, line 1 has no column {name!r}; it has {found}."
     for other, word in ((";", "semicolons"), ("\t", "tabs"), (",", "commas")):
         if len(header) == 1 and other != delimiter and other in header[0]:

@@ -9,8 +9,11 @@ CSV names is taken whatever its name. What a file really holds is told by its fi
 """
 
 import difflib
+import errno
+import itertools
 import os
 import re
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -60,6 +63,7 @@ _LAYOUT_HINT = (
     "with the columns filename,label."
 )
 _OUTSIDE = "links that leave the data folder"
+_LEADING_ZEROS = re.compile(r"(?<![\d.])0+(?=\d)")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 
 
@@ -212,6 +216,12 @@ class _Walker:
         except FileNotFoundError:
             self.ignored["folders that vanished during the scan"] += 1
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise DataError(
+                    f"A folder below {name[:100]!r} cannot be listed: its path of {len(os.fsencode(path)):,} "
+                    "bytes is longer than the system allows.",
+                    hint="Move the data up, or give its folders shorter names.",
+                ) from error
             raise StorageError(
                 f"Folder {path!r} cannot be listed: {error.strerror}.",
                 hint="Give yourself permission to read it, or move it out of the data folder.",
@@ -271,7 +281,8 @@ def _scan_folder(path: str, options: DataOptions, class_names: Sequence[str] | N
         elif top not in splits:
             strays["images outside train/, val/ and test/"] += 1
         else:
-            found.append(_Found(file_path, name, label=parts[depth - 1], split=splits[top]))
+            label = sys.intern(parts[depth - 1])  # one string a class, not one an image
+            found.append(_Found(file_path, name, label, split=splits[top]))
     ignored = walker.ignored + strays
     if not found:
         raise DataError(f"No images in {options.data!r}{_counts(ignored)}.", hint=_layout_hint(walker))
@@ -432,8 +443,9 @@ class _Containment:
         real = os.path.join(self._real_folders[folder], os.path.basename(path))
         if os.path.islink(path):
             real = os.path.realpath(path)
+        above = normal.split("/")[0] == ".."
         # An absolute path is refused even below the root: such a list breaks when the folder is moved.
-        if os.path.isabs(filename) or normal.startswith("..") or not _inside(real, self.real_root):
+        if os.path.isabs(filename) or above or not _inside(real, self.real_root):
             return f"{filename!r} lies outside the folder of the CSV file"
         return None
 
@@ -452,27 +464,45 @@ def _existing_form(root: str, name: str) -> str:
 # ---- both -------------------------------------------------------------------------------------------------
 
 
+class _ClassIndex:
+    """Finds the class of a label, also where the two are written in different Unicode forms."""
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self._exact = {name: number for number, name in enumerate(class_names)}
+        self._by_form: dict[str, int] = {}
+        for name, number in self._exact.items():
+            self._by_form.setdefault(unicodedata.normalize("NFC", name), number)
+
+    def find(self, label: str) -> int | None:
+        """Return the index of the class called `label`, or None."""
+        number = self._exact.get(label)
+        return self._by_form.get(unicodedata.normalize("NFC", label)) if number is None else number
+
+
 def _own_classes(
     options: DataOptions, found: Sequence[_Found], class_names: Sequence[str] | None, hint: str
 ) -> tuple[str, ...]:
     """Return the class list, having checked every image's class against it; `hint` is for a single class."""
+    labels = {(item.split, item.label) for item in found}
     if class_names is not None:
-        if unknown := sorted({item.label for item in found} - set(class_names)):
+        index = _ClassIndex(class_names)
+        if unknown := sorted({label for _, label in labels if index.find(label) is None}):
             raise DataError(
                 f"{options.data!r} has classes the run does not know: {_names(unknown)}.",
                 hint=f"The run's classes are {_names(class_names)}.",
             )
         return tuple(class_names)
-    names = sorted({item.label for item in found if item.split in (None, "train")})
+    names = sorted({label for split, label in labels if split in (None, "train")})
     if not names:
         raise DataError(
             f"{options.data!r} has no training images.",
             hint="Mark some as train, or leave their split blank.",
         )
-    for split in ("val", "test"):
-        if unknown := sorted({item.label for item in found if item.split == split} - set(names)):
+    index = _ClassIndex(names)
+    for wanted in ("val", "test"):
+        if unknown := sorted({lb for split, lb in labels if split == wanted and index.find(lb) is None}):
             raise DataError(
-                f"The {split} split has classes that train does not have: {_names(unknown)}.",
+                f"The {wanted} split has classes that train does not have: {_names(unknown)}.",
                 hint=f"Train has {_names(names)}. Rename them, or add training images.",
             )
     if len(names) == 1:
@@ -489,8 +519,8 @@ def _dataset(
     found: Iterable[_Found],
     left_out: tuple[Mapping[str, int], Sequence[str]],
 ) -> Dataset:
-    index = {name: number for number, name in enumerate(class_names)}
-    samples = [Sample(item.path, item.name, index[item.label], item.split, item.group) for item in found]
+    index = _ClassIndex(class_names)
+    samples = [Sample(item.path, item.name, index.find(item.label), item.split, item.group) for item in found]
     ignored, warnings = left_out
     return Dataset(
         root=root,
@@ -503,13 +533,14 @@ def _dataset(
 
 
 def _near_duplicates(class_names: Sequence[str]) -> list[str]:
-    """Return warnings for classes that differ in case, spaces or Unicode form alone."""
+    """Return warnings for classes that differ in case, spaces, leading zeros or Unicode form alone."""
     alike: dict[str, list[str]] = {}
     for name in class_names:
         key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
-        alike.setdefault(key, []).append(name)
+        alike.setdefault(_LEADING_ZEROS.sub("", key), []).append(name)
     return [
-        f"Classes {_names(names)} differ only in case, spaces or Unicode form; they stay different classes."
+        f"Classes {_names(names)} differ only in case, spaces, leading zeros or Unicode form; "
+        "they stay different classes."
         for names in alike.values()
         if len(names) > 1
     ]
@@ -535,7 +566,8 @@ def _nearest(path: str) -> str:
     while parent != "/" and not os.path.isdir(parent):
         parent, name = os.path.split(parent)
     try:
-        near = difflib.get_close_matches(name, os.listdir(parent), n=1)
+        with os.scandir(parent) as entries:  # of a very large folder a part has to do
+            near = difflib.get_close_matches(name, [e.name for e in itertools.islice(entries, 5000)], n=1)
     except OSError:
         near = []
     if near:
