@@ -169,7 +169,7 @@ def test_every_flipped_bit_of_a_state_is_seen(tmp_path):
             changed = bytearray(data)
             changed[place // 8] ^= 1 << place % 8
             (path / name).write_bytes(changed)
-            with pytest.raises(BackboneError, match="None of the checkpoints .* is intact"):
+            with pytest.raises(BackboneError, match=r"None of the checkpoints .* is intact"):
                 Checkpoints(tmp_path).newest()
         (path / name).write_bytes(data)
     check(Checkpoints(tmp_path).newest(), 4)

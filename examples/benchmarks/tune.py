@@ -26,7 +26,8 @@ with three seeds and compared on the test side. Every finished training is a lin
 search goes on where it was stopped. --limit-per-class N makes it shorter. Expected, mean (lowest..highest),
 bar 1 point:
 
-    sign_digits    defaults not measured yet    best of search not measured yet    difference not measured yet
+    sign_digits    defaults 0.9979 (0.9968..0.9984); no point can be more than 0.21 points better, so the
+                   search was stopped after 5 of its 12, of which the best on val has 0.9968
     neu            defaults not measured yet    best of search not measured yet    difference not measured yet
 """
 
