@@ -14,7 +14,7 @@ LEFT_OUT: dict[int, str] = {}
 """Number -> why no test bears it."""
 
 
-def tested():
+def numbers_tested():
     """Return the numbers that the names of the tests beside this one begin with."""
     found = set()
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
@@ -26,8 +26,8 @@ def tested():
 
 
 def test_every_item_has_a_test_or_a_reason():
-    missing = sorted(NUMBERS - tested() - LEFT_OUT.keys())
+    missing = sorted(NUMBERS - numbers_tested() - LEFT_OUT.keys())
     assert not missing, f"no test bears the numbers {missing}"
-    assert not tested() & LEFT_OUT.keys()
+    assert not numbers_tested() & LEFT_OUT.keys()
     assert not LEFT_OUT.keys() - NUMBERS
     assert all(len(reason) > 20 for reason in LEFT_OUT.values())
