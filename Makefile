@@ -1,22 +1,28 @@
 # make demo   see the whole path on handwritten digits, offline, in minutes
 # make test   format check, lint, types, tests
 # make faults the whole fault sweep, in minutes
+# make fuzz   damaged images, for MINUTES=10
 #
 # Both create .venv and install what they need the first time; a second call installs nothing until
 # pyproject.toml changes. pip's own PIP_* variables are honoured, PYTHON=... names another interpreter.
 
 VENV   := .venv
 PYTHON ?=
+MINUTES ?= 10
 RUN    := $(VENV)/bin/python
 
+# Not a branch of what keeps people's work may be untested.
+COVERAGE := --cov=tlcli.cache --cov=tlcli.run_writer --cov-branch --cov-fail-under=100
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults real format clean distclean
+.PHONY: help demo test faults fuzz real format clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo       the whole path on handwritten digits, offline, in minutes'
 	@echo 'make test       format check, lint, types and tests'
 	@echo 'make faults     fail or kill every system call of the cache and the run directory, in turn'
+	@echo 'make fuzz       decode damaged and hostile images in child processes, for MINUTES=10'
 	@echo 'make real       tests on real data, found through TLCLI_REAL_ASSETS'
 	@echo 'make format     format the code and fix what can be fixed by itself'
 	@echo 'make clean      delete what demo and tests leave behind'
@@ -29,10 +35,14 @@ test: $(VENV)/.stamp-test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest
+	$(RUN) -m pytest --ignore tests/cache --ignore tests/test_run_writer.py
+	$(RUN) -m pytest tests/cache tests/test_run_writer.py $(COVERAGE)
 
 faults: $(VENV)/.stamp-test
 	OPENBLAS_NUM_THREADS=1 $(RUN) tests/faults/sweep.py
+
+fuzz: $(VENV)/.stamp-test
+	$(RUN) tests/bad_inputs/fuzz_decode.py --minutes $(MINUTES)
 
 real: $(VENV)/.stamp-test
 	$(RUN) -m pytest -m 'real and not slow and not gpu and not network'

@@ -37,23 +37,8 @@ HANG_SECONDS = 60.0
 MEMORY_BYTES = 4 << 30  # of address space, beyond what the libraries take
 PEAK_BYTES = 2 << 30  # of memory in use, for one input
 ODD = (0, 1, 2, 3, 7, 8, 0x0F, 0x10, 0x3F, 0x7F, 0x80, 0xFE, 0xFF)
-ODD_WIDE = (
-    0,
-    1,
-    2,
-    255,
-    256,
-    4096,
-    9000,
-    0x3FFF,
-    0x7FFF,
-    0x8000,
-    0xFFFE,
-    0xFFFF,
-    0x10000,
-    0x7FFFFFFF,
-    0xFFFFFFFF,
-)
+ODD_WIDE = (0, 1, 2, 255, 256, 4096, 9000, 0x3FFF, 0x7FFF, 0x8000, 0xFFFE, 0xFFFF, 0x10000, 0x7FFFFFFF,
+            0xFFFFFFFF)  # fmt: skip
 M_PERTURB = -6  # of mallopt: fill memory that is taken and given back
 
 Random = random.Random
@@ -191,29 +176,8 @@ def damage_tiff(generator: Random, data: bytes) -> bytes:
     place = first + size * generator.randrange(count)
     entry = list(struct.unpack_from(order + layout, data, place))
     field = generator.randrange(4)
-    known = (
-        256,
-        257,
-        258,
-        259,
-        262,
-        266,
-        273,
-        277,
-        278,
-        279,
-        284,
-        317,
-        320,
-        322,
-        323,
-        324,
-        325,
-        338,
-        339,
-        347,
-        530,
-    )
+    known = (256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 338, 339,
+             347, 530)  # fmt: skip
     if field == 0:
         entry[0] = generator.choice(known)
     elif field == 1:
@@ -221,28 +185,8 @@ def damage_tiff(generator: Random, data: bytes) -> bytes:
     elif field == 2:
         entry[2] = generator.choice((0, 1, 2, 3, 4, 5, 100, 10_000, len(data), 2**31 - 1))
     else:
-        small = (
-            0,
-            1,
-            2,
-            3,
-            4,
-            5,
-            6,
-            7,
-            8,
-            9,
-            12,
-            16,
-            32,
-            500,
-            3000,
-            32773,
-            34712,
-            50001,
-            len(data) - 1,
-            2**31 - 1,
-        )
+        small = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 32, 500, 3000, 32773, 34712, 50001, len(data) - 1,
+                 2**31 - 1)  # fmt: skip
         entry[3] = generator.choice((*small, entry[3] + 1, max(0, entry[3] - 1)))
     changed = bytearray(data)
     struct.pack_into(order + layout, changed, place, *entry)

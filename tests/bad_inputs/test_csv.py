@@ -270,6 +270,7 @@ def test_067_formula_cells(tmp_path: Path, make_images: Images, run_cli: Run) ->
     done = run_cli("data", "split", path, "--max-bad", "0.1", "-o", split)
     assert done.code == 0, done.stderr
     assert {row["label"] for row in read(split.read_text())} == set(kinds.values())
+    assert {row["filename"].split("/")[0] for row in read(split.read_text())} == {"."}
     assert json.loads(run_cli("data", "split", split, "--max-bad", "0.1", "--json").stdout)[
         "class_names"
     ] == sorted(kinds.values())

@@ -10,6 +10,7 @@ from cached import DIM, ENV, check, put, quarantined, row, row_key, shard_paths,
 
 from tlcli.cache import entry as entries
 from tlcli.cache import files
+from tlcli.cache.shard import environment
 from tlcli.errors import BackboneError, StorageError
 
 
@@ -105,6 +106,21 @@ def test_rows_of_other_writers_appear(entry, reopen):
     put(other, [1])
     check(entry, [0, 1])
     assert entry.rows() == {row_key(0), row_key(1)}
+
+
+def test_rows_of_environments_that_are_not_trusted_are_missing(entry, reopen):
+    other = {**ENV, "torch": "1.0"}
+    put(entry, [0, 1])
+    put(entry, [1, 2], other)
+    reader = reopen()
+    reader.trust({environment(other)})
+    check(reader, [0, 1, 2], missing=[0])
+    put(entry, [3])
+    check(reader, [1, 2, 3], missing=[3])
+    reader.trust({environment(ENV)})
+    check(reader, [0, 1, 2, 3], missing=[2])
+    assert len(reader.shards()) == 3  # what is not trusted is neither damaged nor moved
+    assert reader.damage == []
 
 
 def test_wrong_rows_are_refused(entry):

@@ -105,7 +105,7 @@ class RunScenario:
             for kept in self.run(folder).parent.glob(".pets.replaced-*"):
                 if str(kept) not in error.message:
                     teller.say("problem", f"{kept.name} is not named")
-            train(self.run(folder).with_name("next"))
+            train(self.run(folder).with_name("next"), overwrite=True)  # may be the second try
 
     # ---- what must be true ----------------------------------------------------------------------------
 

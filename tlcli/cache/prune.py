@@ -169,7 +169,9 @@ def execute_prune(
             files.remove_tree(item.path)
         progress.advance()
     for item in plan.retired:
-        if clock() - last_used(item.path) >= IN_USE_SECONDS:  # it may have been used since the plan
+        with storage_errors("read", item.path):
+            used = last_used(item.path)
+        if clock() - used >= IN_USE_SECONDS:  # it may have been used since the plan
             _retire(store, item.path, clock())
         progress.advance()
     for key in dict.fromkeys(item.key for item in plan.compacted):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from tlcli.data.decode import DecodeError, read_bytes
-from tlcli.data.listing import Row
+from tlcli.data.listing import Row, spreadsheet_cell
 from tlcli.data.scan import Dataset, Sample
 from tlcli.progress import Progress
 
@@ -142,8 +142,9 @@ def listing_rows(dataset: Dataset, splits: Sequence[str], indices: Sequence[int]
     for index in indices:
         sample = dataset.samples[index]
         filename = os.path.relpath(sample.path, folder)
-        # A name such as "data:1.jpg" must not be taken for a URL.
-        filename = f"./{filename}" if ":" in filename.partition("/")[0] else filename
+        # A name such as "data:1.jpg" must not be taken for a URL, nor "=1.jpg" for a spreadsheet's formula.
+        odd = ":" in filename.partition("/")[0] or spreadsheet_cell(filename) != filename
+        filename = f"./{filename}" if odd else filename
         label = "" if sample.label is None else dataset.class_names[sample.label]
         rows.append(Row(0, filename, label, splits[index], sample.group or ""))
     return rows
