@@ -13,7 +13,7 @@ from cached import DIM, ENV, check, put, quarantined, row, row_key, shard_paths,
 
 from tlcli.cache import prune
 from tlcli.cache.prune import GRACE_SECONDS, execute_prune, parse_age, plan_prune
-from tlcli.cache.store import Store, parse_size
+from tlcli.cache.store import Store
 from tlcli.errors import StorageError, UsageError
 
 DAY = 86400.0
@@ -450,20 +450,3 @@ def test_ages(text, seconds):
 def test_ages_that_are_none(text):
     with pytest.raises(UsageError, match="not an age"):
         parse_age(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("20GB", 20 * 10**9), ("500mb", 5 * 10**8), ("1.5GiB", 3 * 2**29), ("0B", 0), ("7 TB", 7 * 10**12),
-        ("10k", 10**4), ("3KiB", 3072), ("2G", 2 * 10**9),
-    ],
-)  # fmt: skip
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "20", "GB", "-1GB", "1iB", "1XB", "1 GB GB", "1e3MB", "inf"])
-def test_sizes_that_are_none(text):
-    with pytest.raises(UsageError, match="not a size"):
-        parse_size(text)

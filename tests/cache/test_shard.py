@@ -14,6 +14,7 @@ import xxhash
 from cached import ENV, row_key
 
 from tlcli.cache import shard as shards
+from tlcli.cache.files import opened
 from tlcli.cache.shard import (
     DamagedShard,
     RowFormat,
@@ -127,6 +128,25 @@ def test_pieces_cover_what_is_asked(tmp_path, monkeypatch, chunk, gap):
             assert intact.all()
             found[part] = data
         np.testing.assert_array_equal(found, rows[chosen])
+
+
+@pytest.mark.parametrize(
+    ("row_kib", "rows", "pieces"),
+    [
+        (64, [], []),
+        (64, [5], [[5]]),
+        (64, [0, 1, 3, 4], [[0, 1, 3, 4]]),  # a gap of 64 KiB is read through
+        (65, [0, 1, 3, 4], [[0, 1], [3, 4]]),
+        (64, [0, 3], [[0], [3]]),
+        (1, [0, 64, 65, 131], [[0, 64, 65], [131]]),
+        (64, [14, 15, 16, 17], [[14, 15], [16, 17]]),  # a piece lies in one MiB
+        (400, [0, 1, 2, 3, 4], [[0, 1], [2, 3], [4]]),
+        (2000, [7, 8], [[7], [8]]),  # or is one row
+    ],
+)
+def test_pieces_are_few_and_small(row_kib, rows, pieces):
+    rows = np.array(rows, np.int64)
+    assert [rows[part].tolist() for part in shards._pieces(rows, row_kib << 10)] == pieces
 
 
 def test_long_reads_are_bounded(tmp_path, monkeypatch):
@@ -258,11 +278,33 @@ def test_unknown_row_formats_are_refused(facts):
 
 
 @pytest.mark.parametrize(
-    "key", [("ab", 0), ("AB" * 32, 0), ("ab" * 32, -1), ("ab" * 32, 1 << 32), ("zz" * 32, 0), ("ab " * 32, 0)]
-)
+    "key",
+    [("ab", 0), ("AB" * 32, 0), ("ab" * 32, -1), ("ab" * 32, 1 << 32), ("ab" * 32, (1 << 32) + 1),
+     ("zz" * 32, 0), ("ab " * 32, 0)],
+)  # fmt: skip
 def test_malformed_row_keys_are_refused(key):
     with pytest.raises(ValueError):  # noqa: PT011
         pack_key(key)
+
+
+def test_the_largest_view_is_packed():
+    assert pack_key(("ab" * 32, (1 << 32) - 1)) == b"\xab" * 32 + b"\xff" * 4
+
+
+@pytest.mark.parametrize("digit", "0f")
+def test_a_shard_knows_its_name(tmp_path, digit):
+    path, _, _ = make(tmp_path)
+    assert open_shard(path, KEY, FP32).matches_name()
+    renamed = path.rename(path.with_name(digit * 32 + path.suffix))
+    assert not open_shard(renamed, KEY, FP32).matches_name()
+
+
+def test_the_end_of_a_short_file_is_told(tmp_path):
+    (tmp_path / "short").write_bytes(bytes(60))
+    with opened(tmp_path / "short") as fd:
+        assert shards._read_exactly(fd, 30, 30) == bytes(30)
+        with pytest.raises(DamagedShard, match="it ends at byte 60, before byte 81"):
+            shards._read_exactly(fd, 50, 31)
 
 
 def test_checksums_cover_every_bit_of_key_and_row():

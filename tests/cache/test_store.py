@@ -9,7 +9,7 @@ import pytest
 from cached import DIM, check, put, row_key, shard_paths, spec
 
 from tlcli.cache.key import entry_key
-from tlcli.cache.store import Store
+from tlcli.cache.store import Store, parse_size
 from tlcli.errors import StorageError, UsageError
 
 
@@ -225,8 +225,11 @@ def test_predicted_bytes_against_the_cap(store, tmp_path):
     with pytest.raises(StorageError, match=r"need 1.0 kB .* of the cache's cap of") as error:
         capped.check_space(1001)
     assert "prune" in str(error.value.hint)
-    capped.check_space(0)
-    capped.check_space(-5)
+    full = Store(store.root, max_bytes=1)
+    full.check_space(0)
+    full.check_space(-5)
+    with pytest.raises(StorageError, match="need 1 B"):
+        full.check_space(1)
 
 
 def test_predicted_bytes_against_free_space(store, monkeypatch):
@@ -249,6 +252,7 @@ def test_what_may_still_be_written(store, monkeypatch):
     assert Store(store.root, min_free_bytes=400, max_bytes=used + 700).free_bytes() == 600
     assert Store(store.root, min_free_bytes=400, max_bytes=0).free_bytes() == -used
     assert Store(store.root, min_free_bytes=1001).free_bytes() == -1
+    assert Store(store.root).free_bytes() == 1000 - 256 * 2**20
 
 
 def test_trash_does_not_count_against_the_cap(store):
@@ -263,3 +267,21 @@ def test_a_full_cache_is_still_read(store):
     rows, missing = Store(store.root, max_bytes=1).entry(spec()).read([row_key(0)])
     assert missing == []
     assert rows.shape == (1, DIM)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("20GB", 20 * 10**9), ("500mb", 5 * 10**8), ("1.5GiB", 3 * 2**29), ("0B", 0), ("7 TB", 7 * 10**12),
+        ("10k", 10**4), ("3KiB", 3072), ("2G", 2 * 10**9),
+        ("0.5 tib", 2**39), ("1b", 1), ("2MiB", 2**21),
+    ],
+)  # fmt: skip
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "20", "GB", "-1GB", "1iB", "1XB", "1 GB GB", "1e3MB", "inf"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(UsageError, match="not a size"):
+        parse_size(text)

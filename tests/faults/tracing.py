@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -63,7 +64,8 @@ def disturb(work: Work, folder: Path, fault: Fault) -> Outcome:
     """
     log = folder.with_name(f"{folder.name}.strace")
     wait, go = os.pipe()
-    process_id, channel = start_child(work, folder, None, ready=lambda: os.read(wait, 1))
+    # Not by a read, which would be the first to be disturbed.
+    process_id, channel = start_child(work, folder, None, ready=lambda: select.select([wait], [], []))
     names = SYSCALLS[fault.call]
     what = "signal=KILL" if fault.effect == "KILL" else f"error={fault.effect}"
     tracer = subprocess.Popen(
