@@ -317,7 +317,7 @@ class CacheMachine(RuleBasedStateMachine):
         expected = set()
         for place in range(2):
             directory = self.directory(place)
-            if (directory / "spec.json").exists():
+            if (directory / "spec.json").exists() or any(directory.glob("shards/*")):
                 mark = directory / "last_used"
                 age = now - (mark if mark.exists() else directory).stat().st_mtime
                 if age >= IN_USE_SECONDS and (empty or (older is not None and age >= older)):

@@ -60,11 +60,15 @@ def explain(spec_a: Mapping[str, Any], spec_b: Mapping[str, Any]) -> list[str]:
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return every leaf of nested dicts as dotted name -> JSON text; lists and empty dicts are leaves."""
+    """Return every leaf of nested dicts as dotted name -> JSON text; lists and empty dicts are leaves.
+
+    A key that holds a dot, or nothing, is quoted, so that no two leaves share a name.
+    """
     flat: dict[str, str] = {}
     for key, item in value.items():
+        name = prefix + (canonical_json(key) if not key or "." in key or '"' in key else key)
         if type(item) is dict and item:
-            flat.update(flatten(item, f"{prefix}{key}."))
+            flat.update(flatten(item, f"{name}."))
         else:
-            flat[prefix + key] = canonical_json(item)
+            flat[name] = canonical_json(item)
     return flat
