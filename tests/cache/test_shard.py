@@ -141,7 +141,7 @@ def test_pieces_cover_what_is_asked(tmp_path, monkeypatch, chunk, gap):
         (1, [0, 64, 65, 131], [[0, 64, 65], [131]]),
         (64, [14, 15, 16, 17], [[14, 15], [16, 17]]),  # a piece lies in one MiB
         (400, [0, 1, 2, 3, 4], [[0, 1], [2, 3], [4]]),
-        (2000, [7, 8], [[7], [8]]),  # or is one row
+        (2000, [6, 7, 8], [[6], [7], [8]]),  # or is one row
     ],
 )
 def test_pieces_are_few_and_small(row_kib, rows, pieces):
@@ -173,6 +173,8 @@ def rewrite(path, change):
     ("change", "reason"),
     [
         (lambda text: text.replace(KEY, "cd" * 32), "another entry, 'cdcd"),
+        (lambda text: text.replace(KEY, "e" * 70), f"another entry, '{'e' * 64}'$"),
+        (lambda text: text.replace('"U64"', '"I64"'), "not the one"),
         (lambda text: text.replace("shard/1", "shard/2"), "not the one"),
         (lambda text: text.replace('"shape":[7,3,5]', '"shape":[7,5,3]'), "not the one"),
         (lambda text: text.replace('"shape":[7,3,5]', '"shape":[6,3,5]'), "not the one"),
@@ -227,7 +229,8 @@ def test_a_read_error_costs_only_its_piece(tmp_path, monkeypatch, code):
 
     monkeypatch.setattr(os, "pread", fail)
     _, intact = read_all(shard)
-    assert intact.tolist() == [True, True, False, False, True, True, True]
+    assert intact.tolist() == shard.sound.tolist() == [True, True, False, False, True, True, True]
+    assert shard.num_damaged == 2
     monkeypatch.setattr(os, "pread", lambda *_: fail(0, 0, shard.rows_offset + 2 * FP32.row_bytes))
     with pytest.raises(DamagedShard, match="cannot be read"):
         shard.matches_name()
@@ -257,6 +260,33 @@ def test_a_large_environment_record_is_refused(tmp_path):
     with pytest.raises(ValueError, match="environment record"):
         make(tmp_path, env="x" * 70_000)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_largest_environment_record(tmp_path):
+    def record(length):
+        return environment({"x": "y" * length})
+
+    spare = 65536 - len(shard_header(KEY, FP32, 7, record(60_000)))
+    path, _, _ = make(tmp_path, env=record(60_000 + spare))
+    assert len(shard_header(KEY, FP32, 7, record(60_000 + spare))) == 65536
+    assert open_shard(path, KEY, FP32).env == record(60_000 + spare)
+    with pytest.raises(ValueError, match="environment record"):
+        make(tmp_path, env=record(60_000 + spare + 64))
+    raw = path.read_bytes()
+    path.write_bytes(struct.pack("<Q", 65529) + raw[8:] + b" ")
+    with pytest.raises(DamagedShard, match="claims 65529 bytes"):
+        open_shard(path, KEY, FP32)
+
+
+def test_every_damaged_byte_of_a_row_is_seen(tmp_path):
+    """A checksum may become larger or smaller."""
+    path, _, _ = make(tmp_path)
+    raw = path.read_bytes()
+    for place in range(len(raw) - 7 * FP32.row_bytes, len(raw), 13):
+        path.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
+        shard = open_shard(path, KEY, FP32)
+        read_all(shard)
+        assert shard.num_damaged == 1
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -127,7 +128,7 @@ def test_garbage_is_no_entry(store, tmp_path):
     put(store.entry(spec()), [0])
     key = entry_key(spec(cut="x"))
     (store.entries_dir / "zz").mkdir()
-    (store.entries_dir / "zz" / key).mkdir()
+    shutil.copytree(store.entry(spec()).directory, store.entries_dir / "zz" / entry_key(spec()))
     (store.entries_dir / key[:2]).mkdir(exist_ok=True)
     (store.entries_dir / key[:2] / key).symlink_to(tmp_path)
     (store.entries_dir / key[:2] / "short").mkdir()
@@ -153,6 +154,7 @@ def test_an_entry_that_vanishes_while_it_is_listed(store, monkeypatch):
     monkeypatch.setattr(store, "find", lambda key: Store(store.root).find("f" * 64))
     (summary,) = store.entries()
     assert "No entry" in str(summary.problem)
+    assert (summary.num_rows, summary.shards, summary.spec) == (0, (), None)
     monkeypatch.undo()
     spec_path = store.directory(summary.key) / "spec.json"
     exists = type(spec_path).exists
