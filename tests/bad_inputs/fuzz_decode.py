@@ -69,7 +69,7 @@ class Inputs:
         if structured and generator.random() < 0.6:
             try:
                 return structured(generator, data)
-            except (IndexError, ValueError, struct.error, zlib.error):
+            except (IndexError, OverflowError, ValueError, struct.error, zlib.error):
                 pass  # damaged beyond being taken apart
         if generator.random() < 0.1:
             other = self.samples[generator.choice(self.names)]
