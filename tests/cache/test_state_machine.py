@@ -103,7 +103,7 @@ def extract(entry: Entry, wanted: list[int]) -> set[int]:
     known = entry.rows()
     computed = {number for number in wanted if KEYS[number] not in known}
     put(entry, sorted(computed))
-    for _ in range(len(wanted)):  # a file found damaged now may have given its other rows before
+    for _ in range(len(wanted) + 1):  # a file found damaged now may have given its other rows before
         _, lost = get(entry, wanted)
         if not lost:
             return computed
