@@ -208,6 +208,22 @@ def test_a_header_that_differs_is_refused(tmp_path, change, reason):
         open_shard(path, KEY, FP32)
 
 
+@pytest.mark.parametrize("env", ['{"b":1,"a":2}', '{"a": 1}', "[]", "1"])
+def test_an_environment_record_that_is_not_canonical_is_refused(tmp_path, env):
+    path, _, _ = make(tmp_path, env=env)
+    with pytest.raises(DamagedShard, match="not that of a shard"):
+        open_shard(path, KEY, FP32)
+
+
+@pytest.mark.parametrize("more", [b"", b"x"])
+def test_a_file_of_another_size_is_refused(tmp_path, more):
+    path, _, _ = make(tmp_path)
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes() + more if more else path.read_bytes()[:-1])
+    with pytest.raises(DamagedShard, match=f"has {size + (1 if more else -1)} bytes instead of {size}"):
+        open_shard(path, KEY, FP32)
+
+
 def test_a_lying_length_is_refused_before_allocation(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", 1 << 62))
@@ -309,7 +325,7 @@ def test_unknown_row_formats_are_refused(facts):
 
 @pytest.mark.parametrize(
     "key",
-    [("ab", 0), ("AB" * 32, 0), ("ab" * 32, -1), ("ab" * 32, 1 << 32), ("ab" * 32, (1 << 32) + 1),
+    [("ab", 0), ("ab" * 33, 0), ("AB" * 32, 0), ("ab" * 32, -1), ("ab" * 32, 1 << 32), ("ab" * 32, (1 << 32) + 1),
      ("zz" * 32, 0), ("ab " * 32, 0)],
 )  # fmt: skip
 def test_malformed_row_keys_are_refused(key):
@@ -346,6 +362,11 @@ def test_checksums_cover_every_bit_of_key_and_row():
             seen.add(int(row_checksums(keys, rows)[0]))
             array[0, place] = 0
     assert len(seen) == 1 + 36 + 8
+
+
+def test_rows_without_keys_have_no_checksum():
+    with pytest.raises(ValueError, match="zip"):
+        row_checksums(np.zeros((1, 36), np.uint8), np.zeros((2, 8), np.uint8))
 
 
 def test_header_alignment():

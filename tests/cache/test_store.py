@@ -175,6 +175,7 @@ def test_the_closest_entry_explains_a_miss(store):
     put(store.entry(spec(cut="layer3", architecture="vgg16")), [0])
     near = store.entry(spec(cut="layer3"))
     put(near, [0])
+    put(store.entry(spec(cut="layer2", architecture="vgg19")), [0])
     assert store.closest(spec()) == (near.key, ['cut: "layer3" -> "all"'])
 
 
