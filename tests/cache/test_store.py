@@ -190,13 +190,14 @@ def test_a_root_that_is_a_file(tmp_path):
         Store(tmp_path / "file" / "below")
 
 
+@pytest.mark.parametrize("other", [1, -1])
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o702])
-def test_a_foreign_folder_that_everybody_may_write_is_refused(tmp_path, monkeypatch, mode):
+def test_a_foreign_folder_that_everybody_may_write_is_refused(tmp_path, monkeypatch, mode, other):
     root = tmp_path / "features"
     root.mkdir()
     root.chmod(mode)
     Store(root)  # our own is fine
-    monkeypatch.setattr(os, "geteuid", lambda: root.stat().st_uid + 1)
+    monkeypatch.setattr(os, "geteuid", lambda: root.stat().st_uid + other)
     with pytest.raises(StorageError, match="everybody may write") as error:
         Store(root)
     assert error.value.exit_code == 5
