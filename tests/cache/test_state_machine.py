@@ -415,6 +415,7 @@ class CacheMachine(RuleBasedStateMachine):
             target = self.directory(place) / "shards" / path.name
             if self.shards(place) and not os.path.lexists(target):
                 shutil.copy(path, target)
+                self.keep(place, self.intact(place))  # it may be one that was copied from here
 
     @rule(place=PLACE, choice=ANY)
     def lose_a_shard(self, place, choice):
