@@ -174,6 +174,7 @@ def rewrite(path, change):
     [
         (lambda text: text.replace(KEY, "cd" * 32), "another entry, 'cdcd"),
         (lambda text: text.replace(KEY, "e" * 70), f"another entry, '{'e' * 64}'$"),
+        (lambda text: text.replace(KEY, "00" * 32), "another entry, '0000"),
         (lambda text: text.replace('"U64"', '"I64"'), "not the one"),
         (lambda text: text.replace("shard/1", "shard/2"), "not the one"),
         (lambda text: text.replace('"shape":[7,3,5]', '"shape":[7,5,3]'), "not the one"),
@@ -305,6 +306,11 @@ def test_every_damaged_byte_of_a_row_is_seen(tmp_path):
         assert shard.num_damaged == 1
 
 
+def test_the_smallest_row():
+    row_format = RowFormat.from_spec({"row_dtype": "bf16", "row_shape": [1]})
+    assert (row_format.shape, row_format.row_bytes) == ((1,), 2)
+
+
 @pytest.mark.parametrize(
     "facts",
     [
@@ -325,8 +331,8 @@ def test_unknown_row_formats_are_refused(facts):
 
 @pytest.mark.parametrize(
     "key",
-    [("ab", 0), ("ab" * 33, 0), ("AB" * 32, 0), ("ab" * 32, -1), ("ab" * 32, 1 << 32), ("ab" * 32, 2 << 32),
-     ("ab" * 32, (1 << 32) + 1), ("zz" * 32, 0), ("ab " * 32, 0)],
+    [("ab", 0), ("ab" * 33, 0), ("AB" * 32, 0), ("ab" * 32 + " ", 0), ("ab" * 32, -1),
+     ("ab" * 32, 1 << 32), ("ab" * 32, 2 << 32), ("ab" * 32, (1 << 32) + 1), ("zz" * 32, 0), ("ab " * 32, 0)],
 )  # fmt: skip
 def test_malformed_row_keys_are_refused(key):
     with pytest.raises(ValueError):  # noqa: PT011

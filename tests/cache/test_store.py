@@ -225,6 +225,7 @@ def test_check_writable_below_a_file(tmp_path):
 def test_predicted_bytes_against_the_cap(store, tmp_path):
     put(store.entry(spec()), [0])
     capped = Store(store.root, max_bytes=store.num_bytes() + 1000)
+    capped.check_space(999)
     capped.check_space(1000)
     with pytest.raises(StorageError, match=r"need 1.0 kB .* of the cache's cap of") as error:
         capped.check_space(1001)
