@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell starts what it puts into the background so, and children would inherit it: Ctrl-C is tested here.
+    # So starts a shell what it puts into the background, and children inherit it; but Ctrl-C is tested here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
