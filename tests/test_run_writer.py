@@ -314,8 +314,9 @@ def test_only_runs_are_resumed(tmp_path):
     (tmp_path / "photos/config.yaml").write_text("epochs: 3")
     assert "is no run" in refused_resume(tmp_path / "photos")
     begin(tmp_path / "run")
-    (tmp_path / "run/run.json").write_text("{}")
-    assert "schema" in refused_resume(tmp_path / "run")
+    for text, expected in (("{", "cannot be read"), ("{}", "schema None"), ("[]", "schema None")):
+        (tmp_path / "run/run.json").write_text(text)
+        assert expected in refused_resume(tmp_path / "run")
     (tmp_path / "run/config.yaml").unlink()
     (tmp_path / "run/run.json").unlink()
     check_output(config(output=str(tmp_path / "run"), resume=True))
