@@ -518,7 +518,7 @@ def check_model(tmp_path, monkeypatch, *, max_examples: int, steps: int) -> None
 
 
 def test_the_cache_is_a_dictionary(tmp_path, monkeypatch):
-    check_model(tmp_path, monkeypatch, max_examples=60, steps=30)
+    check_model(tmp_path, monkeypatch, max_examples=30, steps=30)
 
 
 @pytest.mark.slow
