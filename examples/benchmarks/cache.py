@@ -108,22 +108,24 @@ def plain_seconds(folder: Path, num_bytes: int) -> float:
     return taken
 
 
-def read(entry: Entry, keys: list[RowKey], batch: int) -> None:
-    """Read rows, so many at once."""
+def read(entry: Entry, keys: list[RowKey], batch: int, out: Any = None) -> None:
+    """Read rows, so many at once, into `out` where it is given."""
     for first in range(0, len(keys), batch):
-        _, missing = entry.read(keys[first : first + batch])
+        _, missing = entry.read(keys[first : first + batch], out)
         assert not missing
 
 
-def speeds(entry: Entry, keys: list[RowKey], batch: int) -> dict[str, float]:
+def speeds(entry: Entry, keys: list[RowKey], batch: int, reuse: bool) -> dict[str, float]:
     """Return GB/s of one core with checksums and without, medians of interleaved repeats."""
-    read(entry, keys, batch)
+    row_format = entry.row_format
+    out = np.zeros((batch, *row_format.shape), row_format.numpy_dtype) if reuse else None
+    read(entry, keys, batch, out)
     found: dict[str, list[float]] = {"checked": [], "unchecked": []}
     checked = shard.row_checksums
     for _ in range(REPEATS):
         for way, checksums in (("checked", checked), ("unchecked", Unchecked)):
             shard.row_checksums = checksums  # type: ignore[assignment]
-            found[way].append(seconds_of(read, entry, keys, batch))
+            found[way].append(seconds_of(read, entry, keys, batch, out))
     shard.row_checksums = checked
     num_bytes = len(keys) * entry.row_format.row_bytes
     return {way: num_bytes / statistics.median(each) / 1e9 for way, each in found.items()}
@@ -131,7 +133,7 @@ def speeds(entry: Entry, keys: list[RowKey], batch: int) -> dict[str, float]:
 
 def reading(folder: Path) -> None:
     """Print the speed of every kind of row."""
-    print(f"{'GB/s':20s} {'read':12s} {'checked':>9s} {'unchecked':>10s}")
+    print(f"{'GB/s':20s} {'read':22s} {'checked':>9s} {'unchecked':>10s}")
     for name, dtype, shape, count in KINDS:
         spec = {"schema": 1, "row_dtype": dtype, "row_shape": list(shape)}
         store = Store(folder / name.split()[1])
@@ -141,12 +143,13 @@ def reading(folder: Path) -> None:
         opened = statistics.median(seconds_of(store.entry(spec).rows) for _ in range(REPEATS))
         entry = store.entry(spec)
         shuffled = [keys[place] for place in np.random.default_rng(1).permutation(count)]
-        for way, wanted, batch in (
-            ("all at once", shuffled, count),
-            ("batches", shuffled[:READ_ROWS], BATCH),
+        for way, wanted, batch, reuse in (
+            ("all at once", shuffled, count, False),
+            ("the same, array in use", shuffled, count, True),
+            ("batches", shuffled[:READ_ROWS], BATCH, False),
         ):
-            found = speeds(entry, wanted, batch)
-            print(f"{name:20s} {way:12s} {found['checked']:9.2f} {found['unchecked']:10.2f}", flush=True)
+            found = speeds(entry, wanted, batch, reuse)
+            print(f"{name:20s} {way:22s} {found['checked']:9.2f} {found['unchecked']:10.2f}", flush=True)
         print(
             f"{name:20s} written at {num_bytes / writing / 1e9:.2f} GB/s, plain files at "
             f"{num_bytes / plain / 1e9:.2f}, by the processor {num_bytes / busy / 1e9:.2f}; "

@@ -7,6 +7,7 @@ shard goes to quarantine/ with the reason, after its intact rows were published 
 
 import errno
 import functools
+import itertools
 import json
 import logging
 import math
@@ -161,8 +162,8 @@ class Entry:
 
     def _read_known(self, keys: Sequence[RowKey], pending: NDArray[Any], flat: Bytes2D) -> NDArray[Any]:
         """Read the rows at the positions `pending` that the index has; return the positions still missing."""
-        index = self._index
-        locations = np.fromiter((index.get(keys[i], -1) for i in pending.tolist()), np.int64, len(pending))
+        wanted = map(keys.__getitem__, pending.tolist())
+        locations = np.fromiter(map(self._index.get, wanted, itertools.repeat(-1)), np.int64, len(pending))
         order = np.argsort(locations, kind="stable")
         locations, pending = locations[order], pending[order]
         numbers = locations >> 32  # -1 where the index has no row
