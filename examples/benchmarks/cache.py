@@ -7,9 +7,9 @@ reads them, and in shuffled batches of 32, as an epoch of `--freeze K` does. Rea
 the processor, so that bytes a second are those of one core; writing also in seconds of the clock, beside
 plain files of the same size, each synced. The bars: all at once at least 1 GB/s with checksums, and less than
 3 % of a training run with cached rows spent in checksums. Writing goes by the disk.
-Measured: into an array in use pooled rows 1.01, maps 2.10 and 2.29 GB/s; into new arrays, whose pages the system
-clears first, 0.84, 1.58 and 1.76; checksums take 0.05 to 0.7 % of a run; an entry of 100,000 rows opens in
-0.07 to 0.13 s.
+Measured: into an array in use pooled rows 1.01, maps 2.10 and 2.29 GB/s; into new arrays, whose pages the
+system clears first, 0.84, 1.58 and 1.76; checksums take 0.05 to 0.7 % of a run; an entry of 100,000 rows
+opens in 0.07 to 0.13 s.
 """
 
 import argparse
