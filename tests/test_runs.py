@@ -165,6 +165,16 @@ def test_a_network_that_is_not_the_trained_one_is_not_published(tmp_path, monkey
 # ---- reading back ----------------------------------------------------------------------------------------
 
 
+def test_class_names_of_a_writer_without_utf_8_are_read_as_folders_are(trained, run):
+    facts = json.loads((run / "run.json").read_text())
+    count = len(facts["class_names"])
+    unknown = "\udcff"  # no text in any process
+    names = ["猫", "猫".encode().decode("ascii", "surrogateescape"), unknown, "\ud800"]
+    (run / "run.json").write_text(json.dumps(facts | {"class_names": names}))
+    assert open_run(str(run)).class_names == ("猫", "猫", unknown, "\ud800")
+    assert len(open_run(str(trained.run)).class_names) == count
+
+
 def test_a_run_can_be_moved(trained, run, tmp_path):
     moved = run.rename(tmp_path / "else where")
     before, after = open_run(str(trained.run)), open_run(str(moved))

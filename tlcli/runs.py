@@ -12,7 +12,9 @@ Files are written beside their name, synced and renamed (tlcli.run_writer). A di
 no pickle.
 """
 
+import contextlib
 import copy
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -205,7 +207,7 @@ class Run:
     @property
     def class_names(self) -> tuple[str, ...]:
         """Return the classes in the order of the head's outputs."""
-        return tuple(self.facts["class_names"])
+        return tuple(map(_as_read_here, self.facts["class_names"]))
 
     def backbone(self) -> Backbone:
         """Load the network of the run, headless.
@@ -243,6 +245,16 @@ class Run:
         except (OSError, SafetensorError) as error:
             raise DataError(f"The run's {path.name} cannot be read: {error}.", hint=RUN_HINT) from error
         return head_from_state(stored["facts"], state)
+
+
+def _as_read_here(name: str) -> str:
+    """Return the name of a class as this process reads it from a folder, if its writer did not know UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # bytes that the writer could not decode
+        with contextlib.suppress(UnicodeEncodeError):
+            return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+    return name
 
 
 def open_run(path: str | None) -> Run:

@@ -46,7 +46,8 @@ FRESH_SECONDS = 20.0  # an epoch's end is saved when the last checkpoint is olde
 RANGE_TEST_STEPS = 80
 RANGE_TEST_RATES = (1e-6, 1.0)
 RANGE_TEST_DIVISOR = 10  # the rate of the smallest loss is too large already (Smith 2017)
-ALLOWED_TO_DIFFER = ("lr",)  # of a resumed recipe: a range test's result is in the checkpoint
+# Of a resumed recipe: a range test's result is in the checkpoint, and words do not change a training.
+ALLOWED_TO_DIFFER = ("lr", "norm_reason")
 
 
 @dataclass(frozen=True)
