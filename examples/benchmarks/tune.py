@@ -28,7 +28,7 @@ bar 1 point:
 
     sign_digits    defaults 0.9979 (0.9968..0.9984); no point can be more than 0.21 points better, so the
                    search was stopped after 5 of its 12, of which the best on val has 0.9968
-    neu            defaults not measured yet    best of search not measured yet    difference not measured yet
+    neu            defaults 0.9944 (0.9926..0.9963); no point can be more than 0.56 points better: no search
 """
 
 import argparse
