@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 from tlcli.progress import Silent
+
+sys.path.append(str(Path(__file__).parent))  # for `common` and `image_files`
 
 
 @dataclass(frozen=True)

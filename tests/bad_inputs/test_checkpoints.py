@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from common import rarely
 from safetensors.torch import save, save_file
 
 from tlcli import paths
@@ -33,11 +34,6 @@ ROOT = Path(__file__).parent.parent.parent
 ARCHITECTURE = "test_resnet"
 TINY = ("--backbone", ARCHITECTURE, "--image-size", "32", "--dtype", "fp32")
 CONVERT = "weights_only=False"  # of the hint that says how to convert a file one trusts
-
-
-def rarely(*values):
-    """Return parameters that run with -m slow alone: more of what the others show."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def state_of(seed=1, num_classes=0):

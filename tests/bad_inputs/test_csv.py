@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 import socket
-import stat
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from common import tree
 
 Images = Callable[..., Path]
 Run = Callable[..., Any]
@@ -35,22 +35,6 @@ def listed(path: Path, *lines: str, header: str = "filename,label", end: str = "
     """Write a list as it is."""
     path.write_bytes(os.fsencode(end.join([header, *lines]) + end))
     return path
-
-
-def tree(*roots: str | Path) -> dict[bytes, tuple[int, bytes]]:
-    """Return path -> mode and content of everything below the roots; of huge files only the beginning."""
-    found = {}
-    for root in roots:
-        for folder, folders, files in os.walk(os.fsencode(root)):
-            for name in (*folders, *files):
-                path = os.path.join(folder, name)
-                mode = os.lstat(path).st_mode
-                content = b""
-                if stat.S_ISREG(mode):
-                    with open(path, "rb") as stream:
-                        content = stream.read(2**16)
-                found[path] = (mode, content)
-    return found
 
 
 COMMANDS = (("data", "check"), ("finetune", *TINY))

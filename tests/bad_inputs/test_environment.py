@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import rarely
 
 from tlcli import paths
 from tlcli.cache.store import Store
@@ -24,11 +25,6 @@ from tlcli.features import Extractor
 ROOT = Path(__file__).parent.parent.parent
 TINY = ("--backbone", "test_resnet", "--random-init", "--image-size", "32", "--dtype", "fp32", "-j", "1")
 HEAD = (*TINY, "--l2", "0.01,1", "--folds", "2")
-
-
-def rarely(*values):
-    """Return parameters that run with -m slow alone: more of what the others show."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @pytest.fixture

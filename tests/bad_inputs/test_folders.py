@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import socket
-import stat
 import subprocess
 import sys
 import unicodedata
@@ -17,28 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from common import tree
 
 Images = Callable[..., Path]
 Run = Callable[..., Any]
 
 TINY = ("--backbone", "test_resnet", "--random-init", "--image-size", "32", "--l2", "0.1", "--folds", "2",
         "--dtype", "fp32")  # fmt: skip
-
-
-def tree(*roots: str | Path) -> dict[bytes, tuple[int, bytes]]:
-    """Return path -> mode and content of everything below the roots."""
-    found = {}
-    for root in roots:
-        for folder, folders, files in os.walk(os.fsencode(root)):
-            for name in (*folders, *files):
-                path = os.path.join(folder, name)
-                mode = os.lstat(path).st_mode
-                content = b""
-                if stat.S_ISREG(mode):
-                    with open(path, "rb") as stream:
-                        content = stream.read()
-                found[path] = (mode, content)
-    return found
 
 
 def refused(run_cli: Run, data: Path, *expected: str, code: int = 3) -> None:
