@@ -1,9 +1,13 @@
 """A GPU gives what a CPU gives, within its arithmetic: `pytest -m gpu` where there is one."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
+
+from tlcli.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.gpu
 
@@ -70,10 +74,25 @@ def on_any(run_cli, *words):
     return json.loads(done.stdout)
 
 
-def test_a_resumed_training_ends_where_an_uninterrupted_one_does(folder, tmp_path, run_cli):
+def test_a_resumed_training_ends_where_an_uninterrupted_one_does(folder, tmp_path, run_cli, monkeypatch):
     words = ("finetune", folder, "--freeze", "none", "--epochs", "4", "--batch-size", "16")
     whole = on("cuda", run_cli, *words, "-o", tmp_path / "whole")
-    again = on("cuda", run_cli, *words, "-o", tmp_path / "again", "--resume", "--checkpoint-minutes", "0")
-    assert again["metrics"]["val"]["log_loss"] == pytest.approx(
-        whole["metrics"]["val"]["log_loss"], rel=0.1, abs=0.05
-    )
+    save, saved = Checkpoints.save, []
+
+    def stopping(self, step, *rest):
+        save(self, step, *rest)
+        saved.append(step)
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    words = (*words, *TINY, "--device", "cuda", "-o", tmp_path / "again", "--checkpoint-minutes", "0")
+    monkeypatch.setattr(Checkpoints, "save", stopping)
+    assert run_cli(*words).code == 143
+    assert 7 <= saved[-1] < whole["training"]["steps"]
+    monkeypatch.setattr(Checkpoints, "save", save)
+    done = run_cli(*words, "--resume")
+    assert done.code == 0, done.stderr
+    again = json.loads(done.stdout)
+    assert again["training"]["steps"] == whole["training"]["steps"]
+    losses = [document["metrics"]["val"]["log_loss"] for document in (whole, again)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1, abs=0.05)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from tlcli import training
 from tlcli.checkpoints import Checkpoints
 from tlcli.config import FinetuneConfig
 from tlcli.errors import Interrupted, UsageError
@@ -236,6 +237,20 @@ def test_a_diverging_training_says_so():
     with pytest.raises(UsageError, match="diverged") as caught:
         run(recipe(lr="9", opt="momentum", momentum=0.999, l2="9", epochs=90, sched="constant"))
     assert "--lr" in caught.value.hint
+
+
+@pytest.mark.parametrize("steps", [3, 16])
+def test_how_often_losses_are_read_changes_nothing(monkeypatch, tmp_path, steps):
+    diverging = recipe(lr="9", opt="momentum", momentum=0.999, l2="9", epochs=90, sched="constant")
+    found = []
+    for every in (1, steps):
+        monkeypatch.setitem(training.READ_STEPS, "cpu", every)
+        net, trained = run(recipe(lr="auto"), tmp_path / str(every), checkpoint_seconds=0)
+        with pytest.raises(UsageError) as caught:
+            run(diverging)
+        found.append((state_of(net), without_seconds(trained.history), trained.lr, caught.value.message))
+    assert same(found[0][0], found[1][0])
+    assert found[0][1:] == found[1][1:]
 
 
 def test_mixed_precision_learns_as_well():

@@ -18,6 +18,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class CachingCosts:
-    """What the decision is made from; seconds are those of one thread and one image or row.
+    """What the decision is made from; seconds are those of one thread of `workers` and one image or row.
 
     Attributes:
         epochs: Passes over the training and validation images, the probe's included.
@@ -350,18 +351,14 @@ class _Trial:
                 break
         return min(spent[1:]) / (torch.get_num_threads() if self.on_cpu else 1)
 
-    def load(self, collection: Collection, view: int) -> tuple[Tensor, float, float]:
-        """Return a batch of images, and the seconds to load one and to make a view of it.
+    def load(self, collection: Collection, view: int, workers: int) -> tuple[Tensor, float, float]:
+        """Return a batch of images, and a thread's seconds to load one and to make a view of it.
 
         Raises:
             DataError: None of the images tried can be decoded.
         """
-        wanted = min(self.extractor.batch_size, MAX_TRIAL_IMAGES)
-        enough = max(wanted, MIN_TRIAL_IMAGES)
-        splits = collection.splits
-        train = [i for i, split in enumerate(splits) if split == "train"] or list(range(len(splits)))
-        images, loading, making = [], [], []
-        for index in train[:: max(1, len(train) // enough)][:enough]:
+
+        def one(index: int) -> tuple[Tensor, float, float] | None:
             begun = time.perf_counter()
             try:
                 data = read_bytes(collection.samples[index].path)
@@ -369,17 +366,33 @@ class _Trial:
                 key = hashlib.sha256(data).hexdigest()
                 image = decode(data)
             except DecodeError:
-                continue
+                return None
             loaded = time.thread_time()
-            images.append(self.extractor.view(image, key, view))
-            making.append(time.thread_time() - loaded)
-            loading.append(waited + loaded - started)
-        if not images:
+            made = self.extractor.view(image, key, view)
+            return made, waited + loaded - started, time.thread_time() - loaded
+
+        wanted = min(self.extractor.batch_size, MAX_TRIAL_IMAGES)
+        enough = max(wanted, MIN_TRIAL_IMAGES)
+        splits = collection.splits
+        train = [i for i, split in enumerate(splits) if split == "train"] or list(range(len(splits)))
+        with _threads(workers) as pool:
+            tried = list(pool.map(one, train[:: max(1, len(train) // enough)][:enough]))
+        good = [item for item in tried if item is not None]
+        if not good:
             raise DataError(
                 "None of the images tried can be decoded.", hint="`tlcli data check` looks closer."
             )
-        batch = [images[number % len(images)] for number in range(wanted)]
-        return torch.stack(batch), median(loading), median(making)
+        batch = [good[number % len(good)][0] for number in range(wanted)]
+        return torch.stack(batch), median(item[1] for item in good), median(item[2] for item in good)
+
+    def prefix_seconds(self, images: Tensor, workers: int) -> float:
+        """Return a thread's seconds (a GPU's) for the row of an image."""
+        rows = functools.partial(self.extractor.rows, images)
+        if not self.on_cpu:
+            return self.seconds(rows) / len(images)
+        with _threads(workers) as pool:
+            together = lambda: [done.result() for done in [pool.submit(rows) for _ in range(workers)]]  # noqa: E731
+            return self.seconds(together) / (workers * len(images))
 
     def earlier_stages(self, images: Tensor) -> list[tuple[str, tuple[int, ...], float, float]]:
         """Return name, row shape, share of the prefix's time, and seconds a row from there to the cut."""
@@ -432,6 +445,14 @@ class _Trial:
         return torch.autocast(self.extractor.device.type, dtype=self.amp)
 
 
+def _threads(workers: int) -> ThreadPoolExecutor:
+    """Return the threads that share the cores while a part is timed, as they do in training.
+
+    One alone would be quicker than it is then: two threads of one core take turns, all share the memory.
+    """
+    return ThreadPoolExecutor(workers, "tlcli-trial", torch.set_num_threads, (1,))
+
+
 def measure(
     trial: _Trial,
     collection: Collection,
@@ -455,8 +476,8 @@ def measure(
     free = store.store.free_bytes()
     num_views, num_rows = max(map(len, views)), sum(map(len, views))
     with torch_threads(1):  # as each of the threads that load has
-        images, load, view = trial.load(collection, PLAIN_VIEW if num_views == 1 else 1)
-        prefix = trial.seconds(lambda: extractor.rows(images)) / len(images)
+        images, load, view = trial.load(collection, PLAIN_VIEW if num_views == 1 else 1, workers)
+        prefix = trial.prefix_seconds(images, workers)
     stages = [(CUT, extractor.cut.row_shape, 1.0, 0.0), *trial.earlier_stages(images)]
     places = []
     for where, row_shape, share, rest in stages:

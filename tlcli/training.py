@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 64
 FRESH_SECONDS = 20.0  # an epoch's end is saved when the last checkpoint is older than this
+READ_STEPS = {"cuda": 16}  # between two looks at losses: a GPU is not waited for in every step
 RANGE_TEST_STEPS = 80
 RANGE_TEST_RATES = (1e-6, 1.0)
 RANGE_TEST_DIVISOR = 10  # the rate of the smallest loss is too large already (Smith 2017)
@@ -181,6 +182,17 @@ def _accelerator(setting: Setting) -> Any:
     )
 
 
+@dataclass(frozen=True)
+class _Figures:
+    """What a step gave: mean loss and hits, on the device, over `count` samples."""
+
+    step: int
+    rate: float
+    loss: Tensor
+    correct: Tensor
+    count: int
+
+
 class _Loop:
     """The state of a training between two steps."""
 
@@ -197,6 +209,8 @@ class _Loop:
         self.step, self.epoch, self.lr = 0, 0, recipe.lr or 0.0
         self.history: list[dict[str, Any]] = []
         self.sums = torch.zeros(3, dtype=torch.float64)  # loss, correct, samples of the epoch under way
+        self.unread: list[_Figures] = []  # what the last steps gave and is not in `sums` yet
+        self.read_steps = READ_STEPS.get(self.device.type, 1)
         self.plateau, self.best_epoch, self.best_loss = Plateau(), 0, math.inf
         self.best: dict[str, Tensor] = {}
         self.saved_at = time.monotonic()
@@ -270,8 +284,11 @@ class _Loop:
                 self._step(_packed(source.finish(loaded)), labels, self.rate())
                 self.step += 1
                 self.setting.progress.advance(self.batch_size)
-                self.setting.progress.describe(self._running())
+                if len(self.unread) >= self.read_steps:
+                    self._read()
+                    self.setting.progress.describe(self._running())
                 self._attend(asked())
+        self._read()
 
     def _running(self) -> str:
         loss, correct, count = self.sums.tolist()
@@ -360,8 +377,8 @@ class _Loop:
 
     # ---- a step -------------------------------------------------------------------------------------------
 
-    def _step(self, inputs: Tensor, labels: Tensor, rate: float) -> Tensor:
-        """Do one optimiser step; return its mean loss."""
+    def _step(self, inputs: Tensor, labels: Tensor, rate: float) -> None:
+        """Do one optimiser step; what it gave waits in `unread`."""
         recipe = self.recipe
         torch.manual_seed(random_seed(recipe.seed, "step", self.step, self.rank))
         draw = generator(recipe.seed, "mix", self.step, self.rank)
@@ -369,8 +386,8 @@ class _Loop:
         targets = functional.one_hot(labels, self.num_classes).to(inputs.dtype)
         inputs, targets = mix(inputs, targets, recipe, draw)
         total = torch.zeros((), device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
         parts = list(zip(inputs.chunk(recipe.grad_accum), targets.chunk(recipe.grad_accum), strict=True))
-        correct = 0
         for index, (some, wanted) in enumerate(parts):
             whole = index == len(parts) - 1
             with nullcontext() if whole else self.accelerator.no_sync(self.model):
@@ -378,18 +395,30 @@ class _Loop:
                 logits, *branches = outputs if isinstance(outputs, tuple) else (outputs,)
                 loss = self._loss(logits, wanted)
                 total += loss.detach() * len(some) / len(inputs)
-                correct += int((logits.detach().argmax(1) == wanted.argmax(1)).sum())
+                correct += (logits.detach().argmax(1) == wanted.argmax(1)).sum()
                 loss = loss + recipe.aux_weight * sum(self._loss(branch, wanted) for branch in branches)
                 self.accelerator.backward(loss * len(some) / len(inputs))
         self._update()
-        mean = float(total)
-        if not math.isfinite(mean):
-            raise UsageError(
-                f"The loss is {mean} at step {self.step + 1}, learning rate {rate:.2g}: training diverged.",
-                hint="Lower --lr, or add --clip-grad 1; with --amp fp16 try bf16 or none.",
-            )
-        self.sums += torch.tensor([mean * len(inputs), correct, len(inputs)], dtype=torch.float64)
-        return total
+        self.unread.append(_Figures(self.step, rate, total, correct, len(inputs)))
+
+    def _read(self) -> float:
+        """Take in what the steps since the last reading gave; a GPU is waited for. Return the last loss.
+
+        Raises:
+            UsageError: A loss is not finite.
+        """
+        mean = 0.0
+        figures, self.unread = self.unread, []
+        for of in figures:
+            mean = float(of.loss)
+            if not math.isfinite(mean):
+                raise UsageError(
+                    f"The loss is {mean} at step {of.step + 1}, learning rate {of.rate:.2g}: "
+                    "training diverged.",
+                    hint="Lower --lr, or add --clip-grad 1; with --amp fp16 try bf16 or none.",
+                )
+            self.sums += torch.tensor([mean * of.count, int(of.correct), of.count], dtype=torch.float64)
+        return mean
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(
@@ -441,7 +470,8 @@ class _Loop:
             for index, (rate, batch, loaded) in enumerate(zip(rates, batches, stream, strict=True)):
                 labels = self.data.labels[batch].to(self.device)
                 try:
-                    loss = float(self._step(_packed(self.data.source.finish(loaded)), labels, rate))
+                    self._step(_packed(self.data.source.finish(loaded)), labels, rate)
+                    loss = self._read()
                 except UsageError:
                     loss = math.inf
                 if self.world > 1:
@@ -460,6 +490,7 @@ class _Loop:
 
     def _save(self) -> None:
         self.saved_at = time.monotonic()
+        self._read()  # a training that has diverged is not saved
         if self.setting.checkpoints is None or self.rank:
             return
         state, about = optimizer_state(self.optimizer)

@@ -1,6 +1,6 @@
 """LeNet-5 on CIFAR-10 with batch norm after every layer, after one, and nowhere: curves in one figure.
 
-    python examples/experiments/lenet_batch_norm.py --assets ASSETS      minutes not measured yet
+    python examples/experiments/lenet_batch_norm.py --assets ASSETS      10 minutes on two cores
 
 The first 1,000 training images of each class and 200 of the test images (which become val), 32 pixels,
 `classic/lenet5` from random weights with tanh, as in 1998, 15 epochs without augmentation, 3 seeds. The
@@ -9,10 +9,10 @@ band from the lowest to the highest seed.
 
 Expected, mean (lowest..highest):
 
-    norm       val accuracy, epoch 3     after 15
-    every      not measured yet
-    first      not measured yet
-    none       not measured yet
+    norm       val accuracy, epoch 3     after 15                 seconds
+    every      0.444 (0.430..0.455)      0.518 (0.514..0.523)     76 (74..77)
+    first      0.451 (0.444..0.457)      0.525 (0.515..0.536)     68 (66..69)
+    none       0.380 (0.362..0.391)      0.491 (0.474..0.502)     46 (45..46)
 """
 
 import statistics

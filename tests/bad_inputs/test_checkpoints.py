@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from common import rarely
+from cases import rarely
 from safetensors.torch import save, save_file
 
 from tlcli import paths

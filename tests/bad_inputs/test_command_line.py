@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from common import rarely
+from cases import rarely
 
 from tlcli import paths
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import rarely
+from cases import rarely
 
 from tlcli import paths
 from tlcli.cache.store import Store

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from common import tree
+from cases import tree
 
 Images = Callable[..., Path]
 Run = Callable[..., Any]

@@ -1,4 +1,4 @@
-"""What several of these tests use."""
+"""How cases are listed, and what they must leave as it was."""
 
 import os
 import stat
