@@ -1,13 +1,19 @@
 """Sources: views are drawn fairly and reproducibly, batches come in order."""
 
+import shutil
 import threading
 from collections import Counter
 
 import pytest
 import torch
 
+from tlcli.backbones.zoo import load_backbone
+from tlcli.config import ExtractConfig
+from tlcli.data.collection import collect
 from tlcli.errors import DataError
-from tlcli.sources import PLAIN, RowSource, loading, view_of
+from tlcli.extract import make_extractor
+from tlcli.progress import Silent
+from tlcli.sources import PLAIN, ImageSource, RowSource, loading, view_of
 
 KEYS = [f"{number:064x}" for number in range(50)]
 
@@ -45,10 +51,10 @@ def test_rows_are_asked_for_with_their_views():
         return torch.tensor([[float(index)] for index in indices], dtype=torch.bfloat16)
 
     source = RowSource(read, KEYS, num_views=4, seed=0, device=torch.device("cpu"))
-    rows = source.finish(source.load([3, 1], 0))
+    rows = source.finish(source.load([3, 1], 0, print))
     assert rows.dtype == torch.float32
     assert rows.tolist() == [[3.0], [1.0]]
-    source.load([3, 1], PLAIN)
+    source.load([3, 1], PLAIN, print)
     assert asked[1] == ([3, 1], [0, 0])
     assert asked[0][1] == [view_of(KEYS[index], 0, 4, 0) for index in (3, 1)]
 
@@ -62,7 +68,7 @@ class Counting:
     def __len__(self):
         return 100
 
-    def load(self, indices, epoch):
+    def load(self, indices, epoch, turn):
         self.threads.add(threading.current_thread().name)
         if self.bad in indices:
             raise DataError("gone")
@@ -80,6 +86,43 @@ def test_batches_come_in_order_from_threads(workers):
         assert [batch.tolist() for batch in stream] == batches
     assert torch.get_num_threads() == before
     assert threading.current_thread().name not in source.threads
+
+
+def test_work_that_takes_turns_goes_on_only_while_a_batch_is_waited_for():
+    class Turning(Counting):
+        def load(self, indices, epoch, turn):
+            self.turn = turn
+            assert turn()
+            return super().load(indices, epoch, turn)
+
+    source = Turning()
+    with loading(source, [[i] for i in range(40)], 0, workers=3) as stream:
+        for _ in stream:
+            assert not source.turn(0)  # an event, which is waited for no longer than this
+    with loading(source, [[i] for i in range(40)], 0, workers=3) as stream:
+        next(stream)  # those that wait for their turn are let go at the end
+    assert source.turn(0)
+
+
+def test_images_are_read_at_once_and_decoded_in_turns(tmp_path, make_images):
+    folder = make_images(tmp_path / "images", {"a": 2, "b": 1})
+    config = ExtractConfig(
+        data=str(folder), backbone="test_resnet", random_init=True, image_size=32, freeze="2"
+    )
+    collection = collect(config, 1, Silent())
+    extractor = make_extractor(load_backbone(config), config)
+    keys = [found.sha256 for found in collection.fingerprints]
+    source = ImageSource(extractor, collection.samples, keys, num_views=1, seed=0)
+    calls = []
+
+    def turn():
+        if not calls:  # what was read already is not read again
+            shutil.rmtree(folder)
+        calls.append(None)
+
+    rows = source.load([0, 1, 2], 0, turn)
+    assert rows.shape[0] == 3
+    assert len(calls) == 4  # one an image, one for the prefix
 
 
 def test_an_error_in_a_thread_is_an_error_and_leaves_no_thread():

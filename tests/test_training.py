@@ -36,7 +36,7 @@ class Points:
     def __len__(self):
         return len(self.labels)
 
-    def load(self, indices, epoch):
+    def load(self, indices, epoch, turn):
         self.loads += 1
         self.on_load()
         values = self.points[list(indices)].clone()
@@ -190,9 +190,9 @@ def test_every_sample_is_seen_at_most_once_an_epoch_and_in_another_order_in_the_
     seen = []
 
     class Watched(Points):
-        def load(self, indices, epoch):
+        def load(self, indices, epoch, turn):
             seen.append((epoch, tuple(indices)))
-            return super().load(indices, epoch)
+            return super().load(indices, epoch, turn)
 
     run(recipe(epochs=2), points=Watched())
     epochs = [

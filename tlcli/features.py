@@ -179,16 +179,6 @@ class Extractor:
                 hint="Nothing may train the prefix during extraction.",
             )
 
-    def load(self, sample: Sample, view: int = PLAIN_VIEW) -> tuple[str, Tensor]:
-        """Return an image's SHA-256 and one view of it, uint8 [3, h, w] at the network's size.
-
-        Raises:
-            DecodeError: It cannot be read or decoded.
-        """
-        data = read_bytes(sample.path)
-        key = hashlib.sha256(data).hexdigest()
-        return key, self.view(decode(data), key, view)
-
     def view(self, image: Tensor, key: str, view: int) -> Tensor:
         """Return one view, uint8 [3, h, w] at the network's size, of a decoded image, uint8 [3, H, W].
 

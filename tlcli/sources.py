@@ -5,6 +5,7 @@ function of (samples, epoch) alone, whoever asks, in whichever thread and after 
 """
 
 import hashlib
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tlcli.data.decode import DecodeError
+from tlcli.data.decode import DecodeError, decode, read_bytes
 from tlcli.data.scan import Sample
 from tlcli.errors import DataError
 from tlcli.features import Extractor
@@ -29,8 +30,11 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Return the number of samples."""
 
-    def load(self, indices: Sequence[int], epoch: int) -> Tensor:
-        """Return what can be prepared beside training, on the CPU; called in threads."""
+    def load(self, indices: Sequence[int], epoch: int, turn: Callable[[], object], /) -> Tensor:
+        """Return what can be prepared beside training, on the CPU; called in threads.
+
+        What needs the cores that training computes on calls `turn` before each small piece of work.
+        """
 
     def finish(self, loaded: Tensor) -> Tensor:
         """Return the network's inputs on its device; called by the training loop."""
@@ -85,8 +89,8 @@ class RowSource:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def load(self, indices: Sequence[int], epoch: int) -> Tensor:
-        """Return rows on the CPU."""
+    def load(self, indices: Sequence[int], epoch: int, _turn: Callable[[], object]) -> Tensor:
+        """Return rows on the CPU; reading needs little of it, and may have to wait for the disk."""
         views = [view_of(self.keys[index], epoch, self.num_views, self.seed) for index in indices]
         rows = self.read(indices, views)
         return rows.pin_memory() if self.device.type == "cuda" else rows
@@ -123,31 +127,47 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def load(self, indices: Sequence[int], epoch: int) -> Tensor:
+    def load(self, indices: Sequence[int], epoch: int, turn: Callable[[], object]) -> Tensor:
         """Return images uint8 [n, 3, h, w]; on a CPU already the prefix's rows.
 
         Raises:
             DataError: An image that was good when training was planned no longer is.
         """
+        contents = [self._content(index) for index in indices]  # the disk need not take turns
         images = []
-        for index in indices:
-            sample = self.samples[index]
-            try:
-                key, image = self.extractor.load(
-                    sample, view_of(self.keys[index], epoch, self.num_views, self.seed)
-                )
-            except DecodeError as error:
-                raise DataError(
-                    f"{sample.path} can no longer be used: {error.reason}.",
-                    hint="Put the image back, or start again without it.",
-                ) from error
-            if key != self.keys[index]:
-                raise DataError(f"{sample.path} has changed since training began.", hint="Start again.")
-            images.append(image)
+        for index, content in zip(indices, contents, strict=True):
+            if self.on_cpu:
+                turn()
+            images.append(self._view(index, content, epoch))
+        if self.on_cpu:
+            turn()
         batch = torch.stack(images)
         if self.on_cpu and self.extractor.cut.num_frozen_units:
             return self._rows(batch)
         return batch.pin_memory() if self.extractor.device.type == "cuda" else batch
+
+    def _content(self, index: int) -> bytes:
+        try:
+            return read_bytes(self.samples[index].path)
+        except DecodeError as error:
+            raise self._lost(index, error) from error
+
+    def _view(self, index: int, content: bytes, epoch: int) -> Tensor:
+        key = hashlib.sha256(content).hexdigest()
+        try:
+            image = decode(content)
+        except DecodeError as error:
+            raise self._lost(index, error) from error
+        if key != self.keys[index]:
+            path = self.samples[index].path
+            raise DataError(f"{path} has changed since training began.", hint="Start again.")
+        return self.extractor.view(image, key, view_of(key, epoch, self.num_views, self.seed))
+
+    def _lost(self, index: int, error: DecodeError) -> DataError:
+        return DataError(
+            f"{self.samples[index].path} can no longer be used: {error.reason}.",
+            hint="Put the image back, or start again without it.",
+        )
 
     def finish(self, loaded: Tensor) -> Tensor:
         """Return the network's inputs on the device, float32."""
@@ -167,6 +187,10 @@ def loading(
 ) -> Iterator[Iterator[Tensor]]:
     """Give the loaded batches of an epoch in order, prepared ahead by threads.
 
+    Work that calls its `turn` goes on only while a batch is waited for. On a CPU training computes on all
+    cores, and its threads wait for each other thousands of times a step: one that has lost its core to a
+    decoder stops them all, and both together take longer than one after the other.
+
     Args:
         source: Where they come from.
         batches: Positions of the samples of each batch.
@@ -176,17 +200,20 @@ def loading(
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, "tlcli-loading", torch.set_num_threads, (1,))
     waiting: deque[Future[Tensor]] = deque()
+    turn = threading.Event()
 
     def stream() -> Iterator[Tensor]:
         for batch in batches:
-            waiting.append(pool.submit(source.load, batch, epoch))
+            waiting.append(pool.submit(source.load, batch, epoch, turn.wait))
             if len(waiting) > 2 * workers:
                 yield _take()
         while waiting:
             yield _take()
 
     def _take() -> Tensor:
+        turn.set()
         loaded = waiting.popleft().result()
+        turn.clear()
         # A new thread's own setting also sets MKL's, which is everybody's.
         torch.set_num_threads(threads)
         return loaded
@@ -194,5 +221,6 @@ def loading(
     try:
         yield stream()
     finally:
+        turn.set()
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(threads)

@@ -5,11 +5,11 @@
 ASSETS holds `mobilenetv2_100.imagenet` and the data sets; the ResNet-18 is random, which costs the same. For
 each combination of backbone, frozen units, image size, data, views and epochs, one side fills an empty cache
 and trains from its rows, the other computes the frozen part anew in each epoch. The loop is the same: batches
-of 32 made ready by as many threads as there are cores, AdamW, the suffix and a linear head, fp32. Both
+of 32, loaded as tlcli's training does, AdamW, the suffix and a linear head, fp32. Both
 sides run in this process, in turn; medians of the repeats are compared. --clock cpu compares processor time a
 core instead, where other work disturbs the machine. Expected: the side that was chosen beforehand is at most
 10 % slower than the other in five of six combinations, and never more than 25 %.
-Measured with --clock cpu: 8 of 8 within 10 %, the chosen side takes 0.44 to 1.03 of the other.
+Measured: 8 of 8 within 10 %, the chosen side takes 0.49 to 1.04 of the other's time.
 """
 
 import argparse
@@ -18,9 +18,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +35,7 @@ from tlcli.data.collection import Collection, collect
 from tlcli.extract import compute_features, make_extractor, plan_features, read_rows
 from tlcli.features import Extractor
 from tlcli.progress import Silent
+from tlcli.sources import PLAIN, ImageSource, RowSource, Source, loading
 
 BATCH = 32
 
@@ -80,27 +79,23 @@ class Side:
 
     def run(self, workers: int) -> None:
         """Fill an empty cache where this side has one, and train."""
+        keys = [found.sha256 for found in self.collection.fingerprints]
+        views, device = self.case.views, self.extractor.device
         with tempfile.TemporaryDirectory() as home:
             os.environ["TLCLI_HOME"] = home
-            load: Callable[[list[int], list[int]], Tensor] = self._computed
+            samples = self.collection.samples
+            source: Source = ImageSource(self.extractor, samples, keys, num_views=views, seed=0)
             if self.where != "recompute":
                 plan = plan_features(
                     self.collection, self.extractor, cache="auto", workers=workers, max_bad=1.0,
                     num_views=self.case.views,
                 )  # fmt: skip
                 compute_features(plan, Silent())
-                load = lambda places, views: read_rows(plan, self.collection.select(places), views)  # noqa: E731
-            self._train(load, workers)
+                read = lambda places, views: read_rows(plan, self.collection.select(places), views)  # noqa: E731
+                source = RowSource(read, keys, num_views=views, seed=0, device=device)
+            self._train(source, workers)
 
-    def _computed(self, places: list[int], views: list[int]) -> Tensor:
-        samples = self.collection.samples
-        images = [
-            self.extractor.load(samples[place], view)[1] for place, view in zip(places, views, strict=True)
-        ]
-        parts = torch.split(torch.stack(images), self.extractor.batch_size)
-        return torch.cat([self.extractor.rows(part).cpu() for part in parts])
-
-    def _train(self, load: Callable[[list[int], list[int]], Tensor], workers: int) -> None:
+    def _train(self, source: Source, workers: int) -> None:
         device, suffix = self.extractor.device, self.extractor.cut.suffix.to(self.extractor.device)
         head = nn.Linear(self.extractor.backbone.num_features, len(self.collection.dataset.class_names)).to(
             device
@@ -109,43 +104,29 @@ class Side:
         optimizer = torch.optim.AdamW(trained, lr=1e-5)
         labels = torch.tensor([sample.label for sample in self.collection.samples])
         for epoch in range(self.case.epochs):
-            draw = random.Random(epoch)
-            order = draw.sample(self.train, len(self.train))
-            views = [draw.randrange(self.case.views) for _ in order]
+            batches = divided(random.Random(epoch).sample(self.train, len(self.train)))
             suffix.train()
-            for places, rows in batches(load, order, views, workers):
-                loss = nn.functional.cross_entropy(
-                    head(suffix(self._inputs(rows))), labels[places].to(device)
-                )
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+            with loading(source, batches, epoch, workers=workers) as stream:
+                for places, loaded in zip(batches, stream, strict=True):
+                    logits = head(suffix(self._inputs(source, loaded)))
+                    loss = nn.functional.cross_entropy(logits, labels[places].to(device))
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
             suffix.eval()
-            for _, rows in batches(load, self.val, [0] * len(self.val), workers):
-                with torch.no_grad():
-                    head(suffix(self._inputs(rows))).cpu()
+            with torch.no_grad(), loading(source, divided(self.val), PLAIN, workers=workers) as stream:
+                for loaded in stream:
+                    head(suffix(self._inputs(source, loaded))).cpu()
 
-    def _inputs(self, rows: Tensor) -> Tensor:
-        rows = rows.to(self.extractor.device).float()
+    @staticmethod
+    def _inputs(source: Source, loaded: Tensor) -> Tensor:
+        rows = source.finish(loaded)
         return rows.contiguous(memory_format=torch.channels_last) if rows.ndim == 4 else rows
 
 
-def batches(
-    load: Callable[[list[int], list[int]], Tensor], order: list[int], views: list[int], workers: int
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield the places and rows of each batch, made ready by threads."""
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting: deque = deque()
-        for first in range(0, len(order), BATCH):
-            places = order[first : first + BATCH]
-            waiting.append((places, pool.submit(load, places, views[first : first + BATCH])))
-            torch.set_num_threads(threads)
-            if len(waiting) > 2 * workers:
-                places, future = waiting.popleft()
-                yield places, future.result()
-        for places, future in waiting:
-            yield places, future.result()
+def divided(places: list[int]) -> list[list[int]]:
+    """Return places in batches."""
+    return [places[first : first + BATCH] for first in range(0, len(places), BATCH)]
 
 
 def prepared(case: Case, assets: Path, workers: int) -> tuple[ExtractConfig, Collection]:

@@ -23,8 +23,8 @@ Expected, mean (lowest..highest), the mean's 95 % interval as if of one run, sec
     scratch             0.910 (0.894..0.924) 0.882..0.931   87     0.377 (0.356..0.392) 0.347..0.407  155
 
 The rule's choice is within the interval of the best on sign_digits and neu, in half the time. On hymenoptera
-it is not: at 64 pixels the pretrained features fit even photos like ImageNet's badly. And 2,500 images are not
-large: in six epochs training everything loses to freezing.
+it is not: at 64 pixels the pretrained features fit even photos like ImageNet's badly. And 2,500 images are
+not large: in six epochs training everything loses to freezing.
 """
 
 from runs import accuracies, begin, interval, seconds, spread, table
