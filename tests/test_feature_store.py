@@ -1,9 +1,11 @@
 """Views: cached beside the plain rows, computed once each, the same however they came about."""
 
+import hashlib
 import shutil
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,9 +56,14 @@ def counts(found):
     return found.rows_reused, found.rows_computed, len(found.bad_images)
 
 
+def view_of(made, sample, view):
+    data = Path(sample.path).read_bytes()
+    return made.view(decode(data), hashlib.sha256(data).hexdigest(), view)
+
+
 def direct(made, sample, view):
     """The row computed alone, without a store."""
-    return made.rows(made.load(sample, view)[1][None])[0]
+    return made.rows(view_of(made, sample, view)[None])[0]
 
 
 @pytest.mark.parametrize("mode", ["auto", "never"])
@@ -141,7 +148,7 @@ def test_each_image_has_the_views_that_are_asked_for_it(made, samples, tmp_path)
 def test_without_augmentation_there_is_no_other_view(samples):
     made = extractor(policy=None)
     with pytest.raises(ValueError, match="no augmentation"):
-        made.load(samples[0], 1)
+        view_of(made, samples[0], 1)
     with pytest.raises(ValueError, match="no augmentation"):
         FeatureStore(made).read(["0" * 64], [1])
 
@@ -208,7 +215,7 @@ def test_many_threads_may_read_while_rows_are_added(made, samples):
 
 def test_rows_can_be_trained_from(made, samples):
     """Tensors of inference mode cannot be kept for a backward pass."""
-    rows = made.rows(torch.stack([made.load(sample, 1)[1] for sample in samples[:2]])).float()
+    rows = made.rows(torch.stack([view_of(made, sample, 1) for sample in samples[:2]])).float()
     weight = torch.ones(rows.shape[1:], requires_grad=True)
     (rows * weight).sum().backward()
     assert torch.equal(weight.grad, rows.sum(0))

@@ -215,6 +215,17 @@ def _load_mlp(module: MlpClassifier, head: MlpHead) -> None:
 
 
 @contextmanager
+def holding(network: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a network hold other weights, given by the names of its state, inside the block."""
+    own = {name: value.clone() for name, value in network.state_dict().items()}
+    network.load_state_dict(values)
+    try:
+        yield
+    finally:
+        network.load_state_dict(own)
+
+
+@contextmanager
 def fp32_where_bf16_is_slow(network: nn.Module) -> Iterator[None]:
     """Let depthwise convolutions with a stride compute in fp32 under autocast on a CPU.
 

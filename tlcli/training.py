@@ -22,7 +22,7 @@ from tlcli import interrupts, processes
 from tlcli.checkpoints import Checkpoint, Checkpoints, load_optimizer_state, optimizer_state
 from tlcli.errors import BackboneError, Interrupted, UsageError
 from tlcli.memory import is_out_of_memory
-from tlcli.network import Network, fp32_where_bf16_is_slow
+from tlcli.network import Network, fp32_where_bf16_is_slow, holding
 from tlcli.optimization import (
     Average,
     Penalties,
@@ -182,17 +182,6 @@ def _accelerator(setting: Setting) -> Any:
     )
 
 
-@dataclass(frozen=True)
-class _Figures:
-    """What a step gave: mean loss and hits, on the device, over `count` samples."""
-
-    step: int
-    rate: float
-    loss: Tensor
-    correct: Tensor
-    count: int
-
-
 class _Loop:
     """The state of a training between two steps."""
 
@@ -209,7 +198,8 @@ class _Loop:
         self.step, self.epoch, self.lr = 0, 0, recipe.lr or 0.0
         self.history: list[dict[str, Any]] = []
         self.sums = torch.zeros(3, dtype=torch.float64)  # loss, correct, samples of the epoch under way
-        self.unread: list[_Figures] = []  # what the last steps gave and is not in `sums` yet
+        # What the last steps gave and is not in `sums` yet: step, rate, loss, correct, samples.
+        self.unread: list[tuple[int, float, Tensor, Tensor, int]] = []
         self.read_steps = READ_STEPS.get(self.device.type, 1)
         self.plateau, self.best_epoch, self.best_loss = Plateau(), 0, math.inf
         self.best: dict[str, Tensor] = {}
@@ -349,16 +339,12 @@ class _Loop:
         self.accelerator.log(numbers, step=self.step)
 
     def _measure(self, val: Samples) -> dict[str, float]:
-        with self._averaged():
+        with holding(self.network, self.average.values) if self.average else nullcontext():
             logits = logits_of(self.network, val.source, workers=self.setting.workers)
         return {
             "val_log_loss": float(functional.cross_entropy(logits, val.labels)),
             "val_accuracy": float((logits.argmax(1) == val.labels).double().mean()),
         }
-
-    def _averaged(self) -> Any:
-        """Return a context in which the network holds the averaged weights, where there are any."""
-        return _swapped(self.network, self.average.values) if self.average else nullcontext()
 
     def _select(self, row: dict[str, Any]) -> None:
         """Follow val where the recipe says so: the rate on a plateau, the best epoch's weights."""
@@ -399,7 +385,7 @@ class _Loop:
                 loss = loss + recipe.aux_weight * sum(self._loss(branch, wanted) for branch in branches)
                 self.accelerator.backward(loss * len(some) / len(inputs))
         self._update()
-        self.unread.append(_Figures(self.step, rate, total, correct, len(inputs)))
+        self.unread.append((self.step, rate, total, correct, len(inputs)))
 
     def _read(self) -> float:
         """Take in what the steps since the last reading gave; a GPU is waited for. Return the last loss.
@@ -408,16 +394,15 @@ class _Loop:
             UsageError: A loss is not finite.
         """
         mean = 0.0
-        figures, self.unread = self.unread, []
-        for of in figures:
-            mean = float(of.loss)
+        unread, self.unread = self.unread, []
+        for step, rate, loss, correct, count in unread:
+            mean = float(loss)
             if not math.isfinite(mean):
                 raise UsageError(
-                    f"The loss is {mean} at step {of.step + 1}, learning rate {of.rate:.2g}: "
-                    "training diverged.",
+                    f"The loss is {mean} at step {step + 1}, learning rate {rate:.2g}: training diverged.",
                     hint="Lower --lr, or add --clip-grad 1; with --amp fp16 try bf16 or none.",
                 )
-            self.sums += torch.tensor([mean * of.count, int(of.correct), of.count], dtype=torch.float64)
+            self.sums += torch.tensor([mean * count, int(correct), count], dtype=torch.float64)
         return mean
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -555,20 +540,6 @@ class _Loop:
         self.plateau = Plateau(**facts["plateau"])
         if facts["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
-
-
-class _swapped:
-    """A context in which a network holds other weights."""
-
-    def __init__(self, network: nn.Module, values: dict[str, Tensor]) -> None:
-        self.network, self.values = network, values
-
-    def __enter__(self) -> None:
-        self.own = {name: value.clone() for name, value in self.network.state_dict().items()}
-        self.network.load_state_dict(self.values)
-
-    def __exit__(self, *_error: object) -> None:
-        self.network.load_state_dict(self.own)
 
 
 def _part(found: Checkpoint, prefix: str) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ Expected, mean (lowest..highest); seconds of the first run, of the later runs, a
     V = 2    0.990 (0.985..0.992)    44    44    4.6
     V = 4    0.990 (0.987..0.994)    42    43    4.4
     V = 8    0.983 (0.979..0.987)    47    46    4.7
-    live     0.990 (0.989..0.992)    67    64    6.4
+    live     0.990 (0.989..0.992)    54    55    5.3
 """
 
 from runs import accuracies, begin, epochs, seconds, spread, table

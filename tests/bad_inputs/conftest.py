@@ -11,7 +11,7 @@ import pytest
 
 from tlcli.progress import Silent
 
-sys.path.append(str(Path(__file__).parent))  # for `cases` and `image_files`
+sys.path.append(str(Path(__file__).parent))  # for `bad_input_cases` and `image_files`
 
 
 @dataclass(frozen=True)

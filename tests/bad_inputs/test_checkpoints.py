@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from cases import rarely
+from bad_input_cases import rarely
 from safetensors.torch import save, save_file
 
 from tlcli import paths

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import rarely
+from bad_input_cases import rarely
 
 from tlcli import paths
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import tree
+from bad_input_cases import tree
 
 Images = Callable[..., Path]
 Run = Callable[..., Any]

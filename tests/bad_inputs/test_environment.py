@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import rarely
+from bad_input_cases import rarely
 
 from tlcli import paths
 from tlcli.cache.store import Store
