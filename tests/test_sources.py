@@ -1,15 +1,16 @@
 """Sources: views are drawn fairly and reproducibly, batches come in order."""
 
-import shutil
 import threading
 from collections import Counter
 
 import pytest
 import torch
 
+from tlcli import sources
 from tlcli.backbones.zoo import load_backbone
 from tlcli.config import ExtractConfig
 from tlcli.data.collection import collect
+from tlcli.data.decode import read_bytes
 from tlcli.errors import DataError
 from tlcli.extract import make_extractor
 from tlcli.progress import Silent
@@ -104,7 +105,10 @@ def test_work_that_takes_turns_goes_on_only_while_a_batch_is_waited_for():
     assert source.turn(0)
 
 
-def test_images_are_read_at_once_and_decoded_in_turns(tmp_path, make_images):
+@pytest.mark.parametrize(
+    ("ahead", "read_at_turns"), [(sources.READ_AHEAD_BYTES, [3, 3, 3, 3]), (1, [1, 2, 3, 3])]
+)
+def test_images_are_read_ahead_and_decoded_in_turns(tmp_path, make_images, monkeypatch, ahead, read_at_turns):
     folder = make_images(tmp_path / "images", {"a": 2, "b": 1})
     config = ExtractConfig(
         data=str(folder), backbone="test_resnet", random_init=True, image_size=32, freeze="2"
@@ -113,16 +117,12 @@ def test_images_are_read_at_once_and_decoded_in_turns(tmp_path, make_images):
     extractor = make_extractor(load_backbone(config), config)
     keys = [found.sha256 for found in collection.fingerprints]
     source = ImageSource(extractor, collection.samples, keys, num_views=1, seed=0)
-    calls = []
-
-    def turn():
-        if not calls:  # what was read already is not read again
-            shutil.rmtree(folder)
-        calls.append(None)
-
-    rows = source.load([0, 1, 2], 0, turn)
+    read, found = [], []
+    monkeypatch.setattr(sources, "READ_AHEAD_BYTES", ahead)
+    monkeypatch.setattr(sources, "read_bytes", lambda path: read.append(path) or read_bytes(path))
+    rows = source.load([0, 1, 2], 0, lambda: found.append(len(read)))
     assert rows.shape[0] == 3
-    assert len(calls) == 4  # one an image, one for the prefix
+    assert found == read_at_turns  # one turn an image, one for the prefix
 
 
 def test_an_error_in_a_thread_is_an_error_and_leaves_no_thread():

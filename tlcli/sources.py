@@ -20,6 +20,7 @@ from tlcli.data.scan import Sample
 from tlcli.errors import DataError
 from tlcli.features import Extractor
 
+READ_AHEAD_BYTES = 16 << 20  # of files, in each of the threads that load
 PLAIN = -1
 """The epoch that stands for evaluation: every sample's plain view."""
 
@@ -133,9 +134,8 @@ class ImageSource:
         Raises:
             DataError: An image that was good when training was planned no longer is.
         """
-        contents = [self._content(index) for index in indices]  # the disk need not take turns
         images = []
-        for index, content in zip(indices, contents, strict=True):
+        for index, content in self._contents(indices):
             if self.on_cpu:
                 turn()
             images.append(self._view(index, content, epoch))
@@ -146,11 +146,17 @@ class ImageSource:
             return self._rows(batch)
         return batch.pin_memory() if self.extractor.device.type == "cuda" else batch
 
-    def _content(self, index: int) -> bytes:
-        try:
-            return read_bytes(self.samples[index].path)
-        except DecodeError as error:
-            raise self._lost(index, error) from error
+    def _contents(self, indices: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield each index and its file, read ahead of what asks for it: the disk need not take turns."""
+        ahead: deque[tuple[int, bytes]] = deque()
+        for index in indices:
+            try:
+                ahead.append((index, read_bytes(self.samples[index].path)))
+            except DecodeError as error:
+                raise self._lost(index, error) from error
+            while sum(len(content) for _, content in ahead) > READ_AHEAD_BYTES:
+                yield ahead.popleft()
+        yield from ahead
 
     def _view(self, index: int, content: bytes, epoch: int) -> Tensor:
         key = hashlib.sha256(content).hexdigest()
