@@ -391,7 +391,11 @@ class _Trial:
         if not self.on_cpu:
             return self.seconds(rows) / len(images)
         with _threads(workers) as pool:
-            together = lambda: [done.result() for done in [pool.submit(rows) for _ in range(workers)]]  # noqa: E731
+
+            def together() -> None:
+                for done in [pool.submit(rows) for _ in range(workers)]:
+                    done.result()
+
             return self.seconds(together) / (workers * len(images))
 
     def earlier_stages(self, images: Tensor) -> list[tuple[str, tuple[int, ...], float, float]]:

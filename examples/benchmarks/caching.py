@@ -5,11 +5,11 @@
 ASSETS holds `mobilenetv2_100.imagenet` and the data sets; the ResNet-18 is random, which costs the same. For
 each combination of backbone, frozen units, image size, data, views and epochs, one side fills an empty cache
 and trains from its rows, the other computes the frozen part anew in each epoch. The loop is the same: batches
-of 32, loaded as tlcli's training does, AdamW, the suffix and a linear head, fp32. Both
-sides run in this process, in turn; medians of the repeats are compared. --clock cpu compares processor time a
-core instead, where other work disturbs the machine. Expected: the side that was chosen beforehand is at most
-10 % slower than the other in five of six combinations, and never more than 25 %.
-Measured: 8 of 8 within 10 %, the chosen side takes 0.49 to 1.04 of the other's time.
+of 32, loaded as tlcli's training does, AdamW, the suffix and a linear head, fp32. Both sides run in this
+process, in turn; medians of the repeats are compared. --clock cpu compares processor time a core instead,
+where other work disturbs the machine. Expected: the side that was chosen beforehand is at most 10 % slower
+than the other in five of six combinations, and never more than 25 %. Measured: 8 of 8 within 10 %, the
+chosen side takes 0.49 to 1.04 of the other's time.
 """
 
 import argparse
