@@ -1,3 +1,3 @@
 """tlcli: transfer learning on images, with the frozen part of the work done exactly once."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
