@@ -15,7 +15,8 @@ RUN    := $(VENV)/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses logical --dist worksteal
 
 # Not a branch of what keeps people's work may be untested.
-COVERAGE := --cov=tlcli.cache --cov=tlcli.run_writer --cov-branch --cov-fail-under=100
+COVERED := tests/cache tests/machine/test_files.py tests/runs/test_directory.py
+COVERAGE := $(foreach module,cache machine.files runs.directory,--cov=tlcli.$(module)) --cov-branch --cov-fail-under=100
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test faults fuzz real format clean distclean
@@ -38,14 +39,14 @@ test: $(VENV)/.stamp-test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(PYTEST) --ignore tests/cache --ignore tests/test_run_writer.py
-	$(PYTEST) tests/cache tests/test_run_writer.py $(COVERAGE)
+	$(PYTEST) $(foreach path,$(COVERED),--ignore $(path))
+	$(PYTEST) $(COVERED) $(COVERAGE)
 
 faults: $(VENV)/.stamp-test
-	OPENBLAS_NUM_THREADS=1 $(RUN) tests/faults/sweep.py
+	OPENBLAS_NUM_THREADS=1 $(RUN) -m tests.faults.sweep
 
 fuzz: $(VENV)/.stamp-test
-	$(RUN) tests/bad_inputs/fuzz_decode.py --minutes $(MINUTES)
+	$(RUN) -m tests.bad_inputs.fuzz_decode --minutes $(MINUTES)
 
 real: $(VENV)/.stamp-test
 	$(RUN) -m pytest -m 'real and not slow and not gpu and not network'

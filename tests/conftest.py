@@ -122,8 +122,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
     Classes b and c look alike, so that it makes mistakes.
     """
-    from tlcli.config import FinetuneConfig
-    from tlcli.finetune import finetune, plan_finetune
+    from tlcli.commands.finetune import finetune, plan_finetune
+    from tlcli.config.commands import FinetuneConfig
     from tlcli.progress import Silent
 
     root = tmp_path_factory.mktemp("trained")
@@ -154,11 +154,14 @@ def make_tuned(trained: Trained, tmp_path: Path) -> Callable[..., Path]:
         import torch
 
         from tlcli.backbones.zoo import load_backbone
-        from tlcli.config import FinetuneConfig, to_options
-        from tlcli.linear import LinearHead
-        from tlcli.mlp import MlpHead
-        from tlcli.option_groups import BackboneOptions
-        from tlcli.runs import RunWriter, open_run
+        from tlcli.config.backbone import BackboneOptions
+        from tlcli.config.commands import FinetuneConfig
+        from tlcli.config.fields import to_options
+        from tlcli.heads.linear import LinearHead
+        from tlcli.heads.mlp import MlpHead
+        from tlcli.runs.directory import RunDirectory
+        from tlcli.runs.model_files import save_model
+        from tlcli.runs.run import open_run
 
         loaded = load_backbone(BackboneOptions(backbone=backbone, random_init=True, image_size=32))
         generator = torch.Generator().manual_seed(7)
@@ -184,8 +187,8 @@ def make_tuned(trained: Trained, tmp_path: Path) -> Callable[..., Path]:
             "options": to_options(config),
         }  # fmt: skip
         run = tmp_path / "tuned"
-        with RunWriter(run, config, facts) as writer:
-            stored = writer.save_model(loaded, head, tuple(facts["class_names"]))
+        with RunDirectory(run, config, facts) as writer:
+            stored = save_model(writer, loaded, head, tuple(facts["class_names"]))
             writer.finish({
                 "head": {"kind": "mlp" if hidden else "linear", "chosen": {}, "cv": None, "stored": stored},
                 "recipe": {"epochs": 3}, "trained_on": ["train"], "metrics": {"val": None},

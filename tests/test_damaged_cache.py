@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tlcli import paths
-from tlcli.config import FinetuneConfig
-from tlcli.finetune import finetune, plan_finetune
+from tlcli.commands.finetune import finetune, plan_finetune
+from tlcli.config.commands import FinetuneConfig
+from tlcli.machine import paths
 from tlcli.progress import Silent
 
 TINY = ("--backbone", "test_resnet", "--random-init", "--image-size", "32", "--dtype", "fp32", "--json")

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from tlcli.checkpoints import Checkpoints
+from tlcli.training.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.gpu
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tlcli import paths
 from tlcli.cache.store import Store
-from tlcli.features import Extractor
+from tlcli.features.extractor import Extractor
+from tlcli.machine import paths
 
 NETWORK = ("--backbone", "test_resnet", "--random-init", "--image-size", "32", "--dtype", "fp32", "-j", "2")
 HEAD = ("--scaling", "plain", "--l2", "0.01,1")

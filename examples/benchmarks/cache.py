@@ -30,8 +30,8 @@ from tlcli.cache.entry import Entry
 from tlcli.cache.key import RowKey
 from tlcli.cache.store import Store
 from tlcli.cache.writer import FLUSH_BYTES
-from tlcli.config import FinetuneConfig
-from tlcli.finetune import finetune, plan_finetune
+from tlcli.commands.finetune import finetune, plan_finetune
+from tlcli.config.commands import FinetuneConfig
 from tlcli.progress import Silent
 
 KINDS = (("pooled 1280 fp32", "fp32", (1280,), 100_000), ("map 128x14x14 bf16", "bf16", (128, 14, 14), 5_000),

@@ -28,14 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from tlcli.backbones.zoo import load_backbone
-from tlcli.caching import CachingDecision, decide
-from tlcli.config import ExtractConfig
+from tlcli.config.commands import ExtractConfig
 from tlcli.data.augment import resolve_policy
 from tlcli.data.collection import Collection, collect
-from tlcli.extract import compute_features, make_extractor, plan_features, read_rows
-from tlcli.features import Extractor
+from tlcli.features.cache_decision import CachingDecision, decide
+from tlcli.features.extractor import Extractor
+from tlcli.features.plan import compute_features, make_extractor, plan_features, read_rows
 from tlcli.progress import Silent
-from tlcli.sources import PLAIN, ImageSource, RowSource, Source, loading
+from tlcli.training.inputs import PLAIN, ImageInputs, Inputs, RowInputs, loading
 
 BATCH = 32
 
@@ -84,7 +84,7 @@ class Side:
         with tempfile.TemporaryDirectory() as home:
             os.environ["TLCLI_HOME"] = home
             samples = self.collection.samples
-            source: Source = ImageSource(self.extractor, samples, keys, num_views=views, seed=0)
+            source: Inputs = ImageInputs(self.extractor, samples, keys, num_views=views, seed=0)
             if self.where != "recompute":
                 plan = plan_features(
                     self.collection, self.extractor, cache="auto", workers=workers, max_bad=1.0,
@@ -92,10 +92,10 @@ class Side:
                 )  # fmt: skip
                 compute_features(plan, Silent())
                 read = lambda places, views: read_rows(plan, self.collection.select(places), views)  # noqa: E731
-                source = RowSource(read, keys, num_views=views, seed=0, device=device)
+                source = RowInputs(read, keys, num_views=views, seed=0, device=device)
             self._train(source, workers)
 
-    def _train(self, source: Source, workers: int) -> None:
+    def _train(self, source: Inputs, workers: int) -> None:
         device, suffix = self.extractor.device, self.extractor.cut.suffix.to(self.extractor.device)
         head = nn.Linear(self.extractor.backbone.num_features, len(self.collection.dataset.class_names)).to(
             device
@@ -119,7 +119,7 @@ class Side:
                     head(suffix(self._inputs(source, loaded))).cpu()
 
     @staticmethod
-    def _inputs(source: Source, loaded: Tensor) -> Tensor:
+    def _inputs(source: Inputs, loaded: Tensor) -> Tensor:
         rows = source.finish(loaded)
         return rows.contiguous(memory_format=torch.channels_last) if rows.ndim == 4 else rows
 

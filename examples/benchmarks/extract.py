@@ -29,13 +29,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from tlcli.backbones.zoo import load_backbone
+from tlcli.config.backbone import BackboneOptions
+from tlcli.config.data import DataOptions
 from tlcli.data.collection import collect
-from tlcli.data.decode import decode, read_bytes
-from tlcli.data.scan import Sample, find_images
+from tlcli.data.dataset import Sample
+from tlcli.data.decode import decode
+from tlcli.data.folders import find_images
+from tlcli.data.image_files import read_bytes
 from tlcli.data.split import fingerprint
-from tlcli.feature_store import FeatureStore
-from tlcli.features import Extractor
-from tlcli.option_groups import BackboneOptions, DataOptions
+from tlcli.features.extractor import Extractor
+from tlcli.features.feature_store import FeatureStore
 from tlcli.progress import Silent
 
 

@@ -55,20 +55,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tlcli import paths
 from tlcli.backbones.units import units
 from tlcli.backbones.zoo import load_backbone
-from tlcli.config import FinetuneConfig
-from tlcli.data.collection import Collection, collect
-from tlcli.data.decode import decode, read_bytes
-from tlcli.extract import compute_features, read_rows
-from tlcli.finetune import finetune, plan_finetune
-from tlcli.network import fp32_where_bf16_is_slow, make_network
+from tlcli.commands.finetune import finetune, plan_finetune
+from tlcli.config.commands import FinetuneConfig
+from tlcli.data.collection import Collection, collect, labels_of
+from tlcli.data.decode import decode
+from tlcli.data.image_files import read_bytes
+from tlcli.features.plan import compute_features, read_rows
+from tlcli.machine import paths
 from tlcli.progress import Silent
-from tlcli.runs import open_run
-from tlcli.sources import ImageSource, RowSource, Source
-from tlcli.training import Samples, Setting, train
-from tlcli.tuning import labels_of, plan_tuning
+from tlcli.runs.run import open_run
+from tlcli.training.inputs import ImageInputs, Inputs, RowInputs
+from tlcli.training.loop import Samples, Setting, train
+from tlcli.training.network import fp32_where_bf16_is_slow, make_network
+from tlcli.training.plan import plan_training
 
 DEPTHS = (0.25, 0.5, 0.8)  # early, middle, late: share of the units that is frozen
 SETS = ("sign_digits.csv:128:320", "hymenoptera:224:224")
@@ -114,7 +115,7 @@ class Bench:
         config = case.config(assets)
         self.workers = paths.default_workers()
         self.collection = chosen(collect(config, self.workers, Silent()), case)
-        self.plan = plan_tuning(config, self.collection)
+        self.plan = plan_training(config, self.collection)
         assert self.plan.features is not None
         compute_features(self.plan.features, Silent())
         self.extractor, self.recipe = self.plan.extractor, self.plan.recipe
@@ -142,7 +143,7 @@ class Bench:
         features, collection = self.plan.features, self.collection
         assert features is not None
         return self._epoch(
-            RowSource(
+            RowInputs(
                 lambda indices, views: read_rows(features, collection.select(indices), views),
                 self.keys, num_views=VIEWS, seed=0, device=self.device,
             )
@@ -151,9 +152,9 @@ class Bench:
     def recomputed(self) -> float:
         """An epoch from images, each with a view of its own, as `--cache never` trains."""
         samples = self.collection.samples
-        return self._epoch(ImageSource(self.extractor, samples, self.keys, num_views=None, seed=0))
+        return self._epoch(ImageInputs(self.extractor, samples, self.keys, num_views=None, seed=0))
 
-    def _epoch(self, source: Source) -> float:
+    def _epoch(self, source: Inputs) -> float:
         trained = train(self.network, self.recipe, Samples(source, self.labels), None, self.setting)
         return float(trained.history[0]["seconds"])
 

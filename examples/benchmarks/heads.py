@@ -39,10 +39,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tlcli import logistic
-from tlcli.heads import AUTO_L2
-from tlcli.linear import SCALINGS, LinearHead, make_basis, unit_rows
-from tlcli.logistic import Problems, solve
+from tlcli.heads import conjugate_gradients
+from tlcli.heads.conjugate_gradients import Problems
+from tlcli.heads.fit import AUTO_L2
+from tlcli.heads.linear import SCALINGS, LinearHead, make_basis, unit_rows
+from tlcli.heads.logistic import solve
 
 CLOCK = time.perf_counter
 PATH = tuple(float(value) for value in np.logspace(-4, 1, 48))
@@ -206,7 +207,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
         threadpool_limits(options.threads)
     if options.fp32:
-        logistic.fast_bf16 = lambda _: (False, "asked for")  # type: ignore[assignment]
+        conjugate_gradients.fast_bf16 = lambda _: (False, "asked for")  # type: ignore[assignment]
     features, labels = read_features(options.features) if options.features else synthetic(2062, 10)
     print(options.features or "synthetic features, size of sign_digits")
     features, labels = features.to(options.device), labels.to(options.device)

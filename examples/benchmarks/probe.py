@@ -20,8 +20,8 @@ import numpy as np
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.preprocessing import StandardScaler
 
-from tlcli.config import FinetuneConfig
-from tlcli.finetune import finetune, plan_finetune
+from tlcli.commands.finetune import finetune, plan_finetune
+from tlcli.config.commands import FinetuneConfig
 from tlcli.progress import Silent
 
 SETS = ("hymenoptera", "neu_surface_defects.csv", "sign_digits.csv", "flowers.csv")

@@ -45,7 +45,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from tlcli.device import choose_device, fast_bf16
+from tlcli.machine.device import choose_device, fast_bf16
 
 LOOP = """
 import csv, json, sys, time

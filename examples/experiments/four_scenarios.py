@@ -29,8 +29,8 @@ not large: in six epochs training everything loses to freezing.
 
 from runs import accuracies, begin, interval, seconds, spread, table
 
-from tlcli.config import RecommendConfig
-from tlcli.recommend import recommend
+from tlcli.commands.recommend import recommend
+from tlcli.config.commands import RecommendConfig
 
 SCENARIOS = {
     "feature-extraction": [],

@@ -26,13 +26,14 @@ import torch
 from runs import Experiment, accuracies, begin, spread, table
 from torch.nn import functional
 
-from tlcli.config import FinetuneConfig
+from tlcli.config.commands import FinetuneConfig
 from tlcli.data.collection import collect
-from tlcli.data.decode import decode, read_bytes
+from tlcli.data.decode import decode
+from tlcli.data.image_files import read_bytes
 from tlcli.data.transforms import EvalTransform
-from tlcli.network import make_network
 from tlcli.progress import Silent
-from tlcli.tuning import load_tunable
+from tlcli.training.network import make_network
+from tlcli.training.plan import load_trainable
 
 VARIANTS = (("sigmoid", "normal"), ("sigmoid", "xavier"), ("tanh", "xavier"), ("relu", "he"), ("elu", "he"))
 COLOURS = ("#c2503a", "#e08a00", "#7a6bd6", "#2f7ed8", "#1f9d6b")
@@ -52,7 +53,7 @@ def network_options(activation: str) -> dict[str, object]:
 def gradient_norms(config: FinetuneConfig) -> list[float]:
     """Return the l2 norm of the loss's gradient for the weights of each layer, the head's last."""
     collection = collect(config, 1, Silent())
-    backbone = load_tunable(config, "scratch")
+    backbone = load_trainable(config, "scratch")
     order = torch.randperm(len(collection.samples), generator=torch.Generator().manual_seed(config.seed))
     samples = [collection.samples[place] for place in order[:BATCH]]
     transform = EvalTransform(backbone.preprocess)

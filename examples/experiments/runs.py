@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tlcli.demo import write_digits
-from tlcli.metrics import wilson_interval
+from tlcli.commands.demo import write_digits
+from tlcli.metrics.intervals import wilson_interval
 from tlcli.progress import Silent
 
 QUICK = ("--epochs", "1", "--limit-per-class", "8")

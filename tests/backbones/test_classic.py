@@ -6,12 +6,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tlcli.backbones import classic
+from tlcli.backbones.backbone import state_sha256
 from tlcli.backbones.costs import unit_costs
 from tlcli.backbones.cut import cut_at
+from tlcli.backbones.side_branches import side_branches
 from tlcli.backbones.units import units
-from tlcli.backbones.zoo import load_backbone, load_stored, state_sha256
+from tlcli.backbones.zoo import load_backbone, load_stored
+from tlcli.config.backbone import BackboneOptions
 from tlcli.errors import BackboneError, UsageError
-from tlcli.option_groups import BackboneOptions
 
 SIZES = {"lenet5-1998": 32, "lenet5": 32, "small-cnn": 16, "mlp": 16, "xception-small": 16}
 OPTIONS = [
@@ -210,7 +212,7 @@ def test_weights_are_the_same_each_time_and_the_random_state_stays():
 )
 def test_side_branches_classify_what_their_module_gives(name, size, places):
     model = load_backbone(BackboneOptions(backbone=name, random_init=True, image_size=size)).model
-    branches = classic.side_branches(model)
+    branches = side_branches(model)
     assert [branch.module_name for branch in branches] == places
     state = torch.get_rng_state()
     built = [branch.build(5).train() for branch in branches]

@@ -6,9 +6,9 @@ import pytest
 import timm
 import torch
 
+from tlcli.backbones.backbone import state_sha256
 from tlcli.backbones.cut import cut_at, cut_points, earlier_cuts
 from tlcli.backbones.units import frozen_modules, units
-from tlcli.backbones.zoo import state_sha256
 from tlcli.errors import BackboneError, UsageError
 
 # (architecture, image size, further arguments); kept small: what counts is the kind of graph, not its size

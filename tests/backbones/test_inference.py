@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tlcli.backbones import inference
-from tlcli.backbones.zoo import state_sha256
+from tlcli.backbones.backbone import state_sha256
 
 CPU = torch.device("cpu")
 

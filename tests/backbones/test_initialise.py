@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from tlcli.backbones import classic
+from tlcli.backbones.backbone import state_sha256
 from tlcli.backbones.initialise import reinitialise
-from tlcli.backbones.zoo import load_backbone, state_sha256
-from tlcli.option_groups import BackboneOptions
+from tlcli.backbones.zoo import load_backbone
+from tlcli.config.backbone import BackboneOptions
 
 
 class Layers(nn.Module):

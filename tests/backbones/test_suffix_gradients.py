@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional
 
 from tlcli.backbones import classic
+from tlcli.backbones.backbone import state_sha256
 from tlcli.backbones.cut import cut_at
 from tlcli.backbones.units import frozen_modules, units
-from tlcli.backbones.zoo import state_sha256
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 RATES = ({"drop_rate": 0.2, "drop_path_rate": 0.2}, {"drop_rate": 0.2}, {})

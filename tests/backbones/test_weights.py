@@ -13,7 +13,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from tlcli.backbones.weights import MATCH_RATE, load_weights, match, read_state_dict
+from tlcli.backbones.weights import MATCH_RATE, load_weights, match
+from tlcli.backbones.weights_file import read_state_dict
 from tlcli.errors import BackboneError
 
 NAME = "mobilenetv3_small_050"

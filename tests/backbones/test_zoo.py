@@ -11,18 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from tlcli.backbones import hub, torchvision_zoo
+from tlcli.backbones.backbone import state_sha256
 from tlcli.backbones.cut import cut_at
+from tlcli.backbones.timm_zoo import build_classifier, classifier_name, timm_config
 from tlcli.backbones.units import units
-from tlcli.backbones.zoo import (
-    build_classifier,
-    classifier_name,
-    load_backbone,
-    load_stored,
-    state_sha256,
-    timm_config,
-)
+from tlcli.backbones.zoo import load_backbone, load_stored
+from tlcli.config.backbone import BackboneOptions
 from tlcli.errors import BackboneError, UsageError
-from tlcli.option_groups import BackboneOptions
 
 SMALL = "mobilenetv3_small_050"
 TAGGED = "mobilenetv3_small_050.lamb_in1k"

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import pytest
 
 from tlcli.progress import Silent
-
-sys.path.append(str(Path(__file__).parent))  # for `bad_input_cases` and `image_files`
 
 
 @dataclass(frozen=True)
@@ -48,9 +45,9 @@ class Stopping(Silent):
 @pytest.fixture(scope="session")
 def unfinished(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Unfinished:
     """Return the interrupted run; resuming it saves no further checkpoints until the end of an epoch."""
-    from tlcli.config import FinetuneConfig
+    from tlcli.commands.finetune import finetune, plan_finetune
+    from tlcli.config.commands import FinetuneConfig
     from tlcli.errors import Interrupted
-    from tlcli.finetune import finetune, plan_finetune
 
     root = tmp_path_factory.mktemp("unfinished")
     images = shutil.copytree(trained.images, root / "images")

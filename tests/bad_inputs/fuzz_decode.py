@@ -1,10 +1,10 @@
 """Fuzz the decoding of images: damaged and hostile files in child processes, with limits of time and memory.
 
-    python tests/bad_inputs/fuzz_decode.py --minutes 10
+    python -m tests.bad_inputs.fuzz_decode --minutes 10
 
 Input n of a seed is always the same bytes, so that a number is all that must be kept to look at it again:
 
-    python tests/bad_inputs/fuzz_decode.py --show 1234 > input
+    python -m tests.bad_inputs.fuzz_decode --show 1234 > input
 
 A child decodes inputs one after another and shares the number of the one it is at. When it dies of a signal,
 or is killed because it does not get on, that input is the culprit and a new child goes on behind it. Wrong
@@ -29,8 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parent))
-from image_files import jpeg_file, jpeg_segments, png_chunks, png_file, samples
+from tests.bad_inputs.image_files import jpeg_file, jpeg_segments, png_chunks, png_file, samples
 
 SLOW_SECONDS = 10.0  # of processor time, for inspecting and decoding an input twice
 HANG_SECONDS = 60.0
@@ -235,7 +234,8 @@ def judge(data: bytes, perturb: Callable[[int], object] = lambda _fill: None) ->
     """
     import torch
 
-    from tlcli.data.decode import MAX_PIXELS, DecodeError, decode, inspect
+    from tlcli.data.decode import decode, inspect
+    from tlcli.data.image_files import MAX_PIXELS, DecodeError
 
     facts, reason, images = None, "", []
     try:

@@ -25,10 +25,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from bad_input_cases import rarely
 from safetensors.torch import save, save_file
 
-from tlcli import paths
+from tests.bad_inputs.bad_input_cases import rarely
+from tlcli.machine import paths
 
 ROOT = Path(__file__).parent.parent.parent
 ARCHITECTURE = "test_resnet"

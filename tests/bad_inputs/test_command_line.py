@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from bad_input_cases import rarely
 
-from tlcli import paths
+from tests.bad_inputs.bad_input_cases import rarely
+from tlcli.machine import paths
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = ("--backbone", "test_resnet", "--random-init", "--image-size", "32", "--dtype", "fp32", "-j", "1")

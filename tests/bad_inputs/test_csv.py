@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bad_input_cases import tree
+
+from tests.bad_inputs.bad_input_cases import tree
 
 Images = Callable[..., Path]
 Run = Callable[..., Any]

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_input_cases import rarely
 
-from tlcli import paths
+from tests.bad_inputs.bad_input_cases import rarely
 from tlcli.cache.store import Store
-from tlcli.features import Extractor
+from tlcli.features.extractor import Extractor
+from tlcli.machine import paths
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = ("--backbone", "test_resnet", "--random-init", "--image-size", "32", "--dtype", "fp32", "-j", "1")
@@ -306,8 +306,8 @@ def limits(trained, tmp_path_factory):
 
     Its hash seed, locale and folder are others than those of this process, for items 143 and 144.
     """
-    from tlcli.config import ExtractConfig
-    from tlcli.extract import extract, plan_extract
+    from tlcli.commands.extract import extract, plan_extract
+    from tlcli.config.commands import ExtractConfig
     from tlcli.progress import Silent
 
     home, cwd = tmp_path_factory.mktemp("many"), tmp_path_factory.mktemp("elsewhere")

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bad_input_cases import tree
+
+from tests.bad_inputs.bad_input_cases import tree
 
 Images = Callable[..., Path]
 Run = Callable[..., Any]
@@ -399,7 +400,7 @@ def test_054_unreadable_files_and_folders(tmp_path: Path, make_images: Images, r
 SCAN = """
 import sys
 from tlcli.data.scan import scan
-from tlcli.option_groups import DataOptions
+from tlcli.config.data import DataOptions
 
 def kilobytes(name):
     with open("/proc/self/status") as status:

@@ -25,13 +25,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tlcli.config import ExtractConfig
-from tlcli.extract import extract, plan_extract, read_rows
-from tlcli.progress import Silent
-
-sys.path.append(str(Path(__file__).parent))  # for the two modules below, here and in child processes
-import fuzz_decode
-from image_files import (
+from tests.bad_inputs import fuzz_decode
+from tests.bad_inputs.image_files import (
     black_png,
     encoded,
     exif_block,
@@ -42,6 +37,10 @@ from image_files import (
     png_chunks,
     png_file,
 )
+from tlcli.commands.extract import extract, plan_extract
+from tlcli.config.commands import ExtractConfig
+from tlcli.features.plan import read_rows
+from tlcli.progress import Silent
 
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # as tlcli does; pytest sets its own filters
 

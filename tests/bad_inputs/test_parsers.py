@@ -15,11 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tlcli.backbones.model_arguments import parse_arguments
-from tlcli.config import MAX_CONFIG_BYTES, FinetuneConfig, read_config_file
-from tlcli.data.listing import Row, plain_cell, read_rows, spreadsheet_cell
+from tlcli.config.commands import FinetuneConfig
+from tlcli.config.data import DataOptions
+from tlcli.config.yaml_file import MAX_CONFIG_BYTES, read_config_file
+from tlcli.data.listing import Row, plain_cell, read_listing, spreadsheet_cell
 from tlcli.data.scan import scan
 from tlcli.errors import DataError, TlcliError, UsageError
-from tlcli.option_groups import DataOptions
 
 Run = Callable[..., Any]
 
@@ -97,7 +98,7 @@ def test_any_bytes_as_a_list(folder: Path, content: bytes) -> None:
     for name in ("list.csv", "list.tsv"):
         path = folder / name
         path.write_bytes(content)
-        rows, error = outcome(lambda path=path: read_rows(str(path), DataOptions()))
+        rows, error = outcome(lambda path=path: read_listing(str(path), DataOptions()))
         if error is None:
             assert all(isinstance(row, Row) for row in rows)
             dataset, error = outcome(lambda path=path: scan(DataOptions(data=str(path))))

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-from cached import ENV, row_key, spec
 
-from tlcli.cache.files import TEMPORARY
+from tests.cache.cached import ENV, row_key, spec
 from tlcli.cache.key import RowKey
 from tlcli.cache.prune import GRACE_SECONDS, IN_USE_SECONDS, execute_prune, plan_prune
 from tlcli.cache.store import Store
+from tlcli.machine.files import TEMPORARY
 
 ROWS = 60
 SIZE = 4096  # floats in a row: 16 kB, so that a torn row would be seen

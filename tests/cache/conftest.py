@@ -1,6 +1,5 @@
 """A small cache, as one process sees it and as another would."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +7,6 @@ import pytest
 
 from tlcli.cache.entry import Entry
 from tlcli.cache.store import Store
-
-sys.path.append(str(Path(__file__).parent))  # for `cached`, here and in child processes
 
 
 @pytest.fixture
@@ -19,7 +16,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def entry(store: Store) -> Entry:
-    from cached import spec
+    from tests.cache.cached import spec
 
     return store.entry(spec())
 
@@ -27,6 +24,6 @@ def entry(store: Store) -> Entry:
 @pytest.fixture
 def reopen(store: Store) -> Callable[..., Entry]:
     """Return a function that opens the same cache as another process would."""
-    from cached import spec
+    from tests.cache.cached import spec
 
     return lambda **facts: Store(store.root).entry(spec(**facts))

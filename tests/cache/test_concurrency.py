@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from actors import FACTS, KEYS, LOCKED, PARTS, ROWS, value
-from cached import ENV, put, shard_paths, spec
 
+from tests.cache.actors import FACTS, KEYS, LOCKED, PARTS, ROWS, value
+from tests.cache.cached import ENV, put, shard_paths, spec
 from tlcli.cache.store import Store
 
 HERE = Path(__file__).parent
@@ -27,7 +27,7 @@ NOBODY = 65534
 
 
 def start(*words: object, before: tuple[str, ...] = (), **options: object) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT)])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [*before, sys.executable, *map(str, words)]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
@@ -102,7 +102,9 @@ def test_many_rounds(tmp_path):
     ],
 )
 def test_a_lock_would_be_seen(tmp_path, statement):
-    code = f"import os, sys, actors; sys.addaudithook(actors.refuse_locks); {statement}"
+    code = (
+        f"import os, sys; from tests.cache import actors; sys.addaudithook(actors.refuse_locks); {statement}"
+    )
     process = start("-c", code, cwd=tmp_path)
     assert "a lock" in process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == LOCKED
@@ -150,7 +152,7 @@ READ_ONLY = """
 import os, sys
 from pathlib import Path
 import numpy.testing  # while Python's own files can be read
-from cached import check, put, spec
+from tests.cache.cached import check, put, spec
 from tlcli.cache.store import Store
 from tlcli.errors import StorageError
 
@@ -226,7 +228,7 @@ def test_a_read_only_cache_is_used_and_left_as_it_is(shared):
 
 MASKED = """
 import os, sys
-from cached import put, spec
+from tests.cache.cached import put, spec
 from tlcli.cache.prune import execute_prune, plan_prune
 from tlcli.cache.store import Store
 

@@ -15,7 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cached import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.cache.cached import (
     DIM,
     ENV,
     check,
@@ -28,15 +31,12 @@ from cached import (
     shard_paths,
     spec,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from tlcli.cache import files
 from tlcli.cache.entry import Entry, last_used
 from tlcli.cache.prune import IN_USE_SECONDS, QUARANTINE_SECONDS, execute_prune, plan_prune
 from tlcli.cache.shard import DamagedShard, open_shard
 from tlcli.cache.store import Store
 from tlcli.errors import StorageError
+from tlcli.machine import files
 
 ROW_BYTES = 4 * DIM
 DAMAGED = range(6)  # rows of the shard that is damaged

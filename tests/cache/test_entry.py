@@ -6,12 +6,12 @@ import shutil
 
 import numpy as np
 import pytest
-from cached import DIM, ENV, check, put, quarantined, row, row_key, shard_paths, spec
 
+from tests.cache.cached import DIM, ENV, check, put, quarantined, row, row_key, shard_paths, spec
 from tlcli.cache import entry as entries
-from tlcli.cache import files
 from tlcli.cache.shard import environment
 from tlcli.errors import BackboneError, StorageError
+from tlcli.machine import files
 
 
 class Clock:

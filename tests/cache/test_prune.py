@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cached import DIM, ENV, check, put, quarantined, row, row_key, shard_paths, spec
 
+from tests.cache.cached import DIM, ENV, check, put, quarantined, row, row_key, shard_paths, spec
 from tlcli.cache import prune
-from tlcli.cache.prune import GRACE_SECONDS, execute_prune, parse_age, plan_prune
+from tlcli.cache.prune import GRACE_SECONDS, execute_prune, plan_prune
+from tlcli.cache.shard import Shard
 from tlcli.cache.store import Store
 from tlcli.errors import StorageError, UsageError
+from tlcli.wording import parse_age
 
 DAY = 86400.0
 NOW = 1_700_000_000.0
@@ -221,13 +223,13 @@ def test_a_shard_that_vanishes_while_it_is_merged(store, monkeypatch):
         put(entry, [number])
     plan = plan_prune(store)
     gone = shard_paths(entry)[0]
-    opened = prune.Shard.read
+    opened = Shard.read
 
     def then_gone(shard, rows):
         gone.unlink(missing_ok=True)
         return opened(shard, rows)
 
-    monkeypatch.setattr(prune.Shard, "read", then_gone)
+    monkeypatch.setattr(Shard, "read", then_gone)
     execute_prune(store, plan)
     assert len(shard_paths(entry)) == 1
     assert len(Store(store.root).entry(spec()).rows()) == 2

@@ -11,10 +11,9 @@ import pytest
 import safetensors
 import safetensors.numpy
 import xxhash
-from cached import ENV, row_key
 
+from tests.cache.cached import ENV, row_key
 from tlcli.cache import shard as shards
-from tlcli.cache.files import opened
 from tlcli.cache.shard import (
     DamagedShard,
     RowFormat,
@@ -25,6 +24,7 @@ from tlcli.cache.shard import (
     shard_header,
     write_shard,
 )
+from tlcli.machine.files import opened
 
 KEY = "ab" * 32
 FP32 = RowFormat("fp32", (3, 5))

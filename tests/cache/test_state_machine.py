@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cached import DIM, ENV, intact_rows, row, row_key, spec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -32,6 +31,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from tests.cache.cached import DIM, ENV, intact_rows, row, row_key, spec
 from tlcli.cache.entry import Entry
 from tlcli.cache.prune import IN_USE_SECONDS, execute_prune, plan_prune
 from tlcli.cache.store import Store

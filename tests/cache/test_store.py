@@ -7,11 +7,12 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from cached import DIM, check, put, row_key, shard_paths, spec
 
+from tests.cache.cached import DIM, check, put, row_key, shard_paths, spec
 from tlcli.cache.key import entry_key
-from tlcli.cache.store import Store, parse_size
+from tlcli.cache.store import Store
 from tlcli.errors import StorageError, UsageError
+from tlcli.wording import parse_size
 
 
 def failing(code):

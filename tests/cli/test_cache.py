@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tlcli import paths
 from tlcli.cache.entry import Entry
 from tlcli.cache.store import Store
+from tlcli.machine import paths
 
 SPEC = {
     "schema": 1, "architecture": "resnet18", "backbone": "timm/resnet18", "cut": "all",

@@ -11,7 +11,7 @@ import pytest
 import sklearn.datasets
 from sklearn.utils import Bunch
 
-from tlcli import demo as library
+from tlcli.commands import demo as library
 
 Run = Callable[..., Any]
 NAMES = ["images", "recommend", "extract", "finetune", "evaluate", "predict", "report", "raw pixels"]

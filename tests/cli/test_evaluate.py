@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tlcli import paths
+from tlcli.machine import paths
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import signal
 import numpy as np
 import pytest
 
-from tlcli import paths
 from tlcli.cache.store import Store
 from tlcli.cache.writer import Writer
+from tlcli.machine import paths
 
 TINY = ("--backbone", "test_resnet", "--random-init", "--image-size", "32", "--dtype", "fp32")
 

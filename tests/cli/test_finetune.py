@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tlcli import paths
+from tlcli.machine import paths
 
 TINY = ("--backbone", "test_resnet", "--random-init", "--image-size", "32", "--l2", "0.01,1", "--folds", "3")
 

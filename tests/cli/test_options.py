@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from tlcli import config as configurations
 from tlcli.cli.app import COMMANDS, GROUPS
-from tlcli.config import long_name
+from tlcli.config import commands as configurations
+from tlcli.config.fields import long_name
 
 TREE = {(name,): place for name, place in COMMANDS.items()} | {
     (group, name): place for group, (_, commands) in GROUPS.items() for name, place in commands.items()
@@ -143,8 +143,8 @@ def test_tlcli_json_is_the_flag(run_cli, monkeypatch, value, expected):
 
 @pytest.mark.parametrize("how", ["flag", "variable"])
 def test_offline_reaches_the_hub_client(run_cli, monkeypatch, how):
-    from tlcli import paths
     from tlcli.cli import cache  # noqa: F401
+    from tlcli.machine import paths
 
     seen = []
     monkeypatch.delenv("HF_HUB_OFFLINE")

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from tlcli.cli import output
-from tlcli.cli.output import Output, cell, printable, table
+from tlcli.cli.output import Output, cell, table
+from tlcli.wording import printable
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tlcli.config.data import DataOptions
 from tlcli.data.audit import Audit, Finding, audit, examine, require_usable
-from tlcli.data.decode import BadImage
+from tlcli.data.image_files import BadImage
 from tlcli.data.scan import scan
 from tlcli.data.split import assign_splits
 from tlcli.errors import DataError
-from tlcli.option_groups import DataOptions
 from tlcli.progress import Silent
 
 Images = Callable[..., Path]

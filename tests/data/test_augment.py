@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as operations
 
+from tlcli.config.backbone import Preprocess
+from tlcli.config.data import AugmentOptions
 from tlcli.data import color_ops
 from tlcli.data.augment import (
     MANY_IMAGES,
@@ -25,16 +27,9 @@ from tlcli.data.augment import (
     resolve_policy,
 )
 from tlcli.data.color_ops import OPERATIONS, RANDAUGMENT, Operation
-from tlcli.data.resampling import (
-    WARP_KNOTS,
-    cut_and_resize,
-    evaluation_window,
-    look_up,
-    warp_shifts,
-)
+from tlcli.data.resampling import WARP_KNOTS, cut_and_resize, evaluation_window, look_up, warp_shifts
 from tlcli.data.transforms import EvalTransform
 from tlcli.errors import UsageError
-from tlcli.option_groups import AugmentOptions, Preprocess
 
 PREPROCESS = Preprocess(image_size=(32, 32), crop_pct=0.875)
 ALL_ON = {

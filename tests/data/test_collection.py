@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 
+from tlcli.config.data import DataOptions
 from tlcli.data.collection import collect
 from tlcli.errors import DataError, UsageError
-from tlcli.option_groups import DataOptions
 from tlcli.progress import Silent
 
 

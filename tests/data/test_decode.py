@@ -18,7 +18,10 @@ import torch
 from PIL import Image, ImageOps
 
 from tlcli.data import decode as decoding
-from tlcli.data.decode import DecodeError, decode, inspect, read_bytes
+from tlcli.data import image_files, jpeg
+from tlcli.data.decode import decode, inspect
+from tlcli.data.image_files import _MAGIC, MAX_FILE_BYTES, MAX_SIDE, DecodeError, read_bytes
+from tlcli.data.jpeg import MAX_SCANS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
 
@@ -282,8 +285,8 @@ def test_a_jpeg_of_very_many_scans_is_refused() -> None:
         HEIGHT,
         WIDTH,
     )  # what follows the end does not count
-    assert "scans" in reason(data[:-2] + scan * (decoding.MAX_SCANS + 1) + data[-2:])
-    with_table = data[:-2] + b"\xff\xfe\0\x06\xff\xd9\xff\xd9" + scan * decoding.MAX_SCANS + data[-2:]
+    assert "scans" in reason(data[:-2] + scan * (MAX_SCANS + 1) + data[-2:])
+    with_table = data[:-2] + b"\xff\xfe\0\x06\xff\xd9\xff\xd9" + scan * MAX_SCANS + data[-2:]
     assert "scans" in reason(with_table)  # an end marker inside of a comment does not end the count
 
 
@@ -296,9 +299,9 @@ def test_the_size_of_a_webp_is_checked_before_it_is_opened(
         image.putpixel((3, 3), (0, 0, 0, 0))
     data = encoded(image, "WEBP", lossless=kind == b"VP8L")
     assert data[12:16] == kind
-    monkeypatch.setattr(decoding, "MAX_PIXELS", WIDTH * HEIGHT)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", WIDTH * HEIGHT)
     assert decode(data).shape == (3, HEIGHT, WIDTH)
-    monkeypatch.setattr(decoding, "MAX_PIXELS", WIDTH * HEIGHT - 1)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", WIDTH * HEIGHT - 1)
     monkeypatch.setattr(decoding, "_image_file", lambda _name: pytest.fail("opened"))
     assert f"{WIDTH}x{HEIGHT} pixels" in reason(data)
 
@@ -317,8 +320,8 @@ def test_pillow_sees_no_comments_of_a_plain_ppm(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_very_long_side_is_refused() -> None:
     # Pillow reads 64 KiB at a time and copies what it has of a row each time: minutes for a row of 28 MB.
-    assert decode(encoded(Image.new("L", (decoding.MAX_SIDE, 1)), "PNG")).shape == (3, 1, decoding.MAX_SIDE)
-    for size in ((decoding.MAX_SIDE + 1, 1), (1, decoding.MAX_SIDE + 1)):
+    assert decode(encoded(Image.new("L", (MAX_SIDE, 1)), "PNG")).shape == (3, 1, MAX_SIDE)
+    for size in ((MAX_SIDE + 1, 1), (1, MAX_SIDE + 1)):
         assert "a side may have" in reason(encoded(Image.new("L", size), "PNG"))
 
 
@@ -341,7 +344,7 @@ def test_a_lack_of_memory_is_not_called_a_corrupt_file(
             with monkeypatch.context() as patch:
                 patch.setattr(decoding._image_file("PNG"), name, fail)
                 assert reason(encoded(picture(), "PNG")) == "too little memory to decode it"
-    monkeypatch.setattr(decoding, "_DECODE_JPEG", fail)
+    monkeypatch.setattr(jpeg, "_OPERATOR", fail)
     if isinstance(error, RuntimeError):
         assert reason(encoded(picture(), "JPEG")) == "too little memory to decode it"
 
@@ -388,7 +391,7 @@ def test_samples_of_unknown_range_are_refused() -> None:
 
 def test_random_bytes_behind_every_signature_never_escape_as_another_error() -> None:
     generator = np.random.default_rng(0)
-    for magic, _ in (*decoding._MAGIC, (b"RIFF\0\0\0\0WEBP", "WEBP"), (b"P6 ", "PPM")):
+    for magic, _ in (*_MAGIC, (b"RIFF\0\0\0\0WEBP", "WEBP"), (b"P6 ", "PPM")):
         for length in (0, 1, 10, 100, 1000):
             noise = generator.integers(0, 256, length, dtype=np.uint8).tobytes()
             for call in (decode, inspect):
@@ -452,7 +455,7 @@ def test_read_bytes_says_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "huge.jpg", "wb") as stream:
-        stream.truncate(decoding.MAX_FILE_BYTES + 1)
+        stream.truncate(MAX_FILE_BYTES + 1)
     assert stat.S_ISREG((tmp_path / "huge.jpg").stat().st_mode)
     with pytest.raises(DecodeError, match="more than"):
         read_bytes(str(tmp_path / "huge.jpg"))
@@ -476,7 +479,7 @@ def test_threads_give_what_one_gives() -> None:
 def test_without_torchvisions_operator_pillow_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(picture(), "JPEG")
     expected = decode(data)
-    monkeypatch.setattr(decoding, "_DECODE_JPEG", None)
+    monkeypatch.setattr(jpeg, "HAS_OPERATOR", False)
     assert torch.equal(decode(data), expected)
 
 

@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tlcli.data.listing import MAX_RECORD_CHARACTERS, Row, read_rows, write_rows
+from tlcli.config.data import DataOptions
+from tlcli.data.listing import MAX_RECORD_CHARACTERS, Row, read_listing, write_listing
 from tlcli.errors import DataError, StorageError, UsageError
-from tlcli.option_groups import DataOptions
 
 OPTIONS = DataOptions()
 
 
 def rows(path: Path, content: bytes, options: DataOptions = OPTIONS) -> list[Row]:
     path.write_bytes(content)
-    return read_rows(str(path), options)
+    return read_listing(str(path), options)
 
 
 def test_bom_crlf_blank_lines_quotes_and_a_missing_last_newline(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_near_column_is_suggested(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError):
-        read_rows(str(tmp_path / "missing.csv"), OPTIONS)
+        read_listing(str(tmp_path / "missing.csv"), OPTIONS)
 
 
 CELLS = st.text(
@@ -96,27 +96,27 @@ def test_what_is_written_is_read_back(
 ) -> None:
     path = str(tmp_path_factory.mktemp("csv") / f"a{suffix}")
     written = [Row(0, *row) for row in cells]
-    write_rows(path, written, overwrite=False)
-    read = [(row.filename, row.label, row.split, row.group) for row in read_rows(path, OPTIONS)]
+    write_listing(path, written, overwrite=False)
+    read = [(row.filename, row.label, row.split, row.group) for row in read_listing(path, OPTIONS)]
     assert read == cells
 
 
 def test_an_existing_file_is_replaced_only_when_told(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    write_rows(str(path), [Row(0, "a.jpg", "x", "train", "")], overwrite=False)
+    write_listing(str(path), [Row(0, "a.jpg", "x", "train", "")], overwrite=False)
     assert list(csv.reader(path.open())) == [["filename", "label", "split"], ["a.jpg", "x", "train"]]
     with pytest.raises(UsageError, match="exists"):
-        write_rows(str(path), [], overwrite=False)
-    write_rows(str(path), [], overwrite=True)
+        write_listing(str(path), [], overwrite=False)
+    write_listing(str(path), [], overwrite=True)
     assert path.read_text() == "filename,label,split\n"
     assert [item.name for item in tmp_path.iterdir()] == ["a.csv"]
 
 
 def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="format"):
-        write_rows(str(tmp_path / "a.txt"), [], overwrite=False)
+        write_listing(str(tmp_path / "a.txt"), [], overwrite=False)
     with pytest.raises(StorageError, match="cannot be written"):
-        write_rows(str(tmp_path / "no" / "a.csv"), [], overwrite=False)
+        write_listing(str(tmp_path / "no" / "a.csv"), [], overwrite=False)
     with pytest.raises(DataError, match="not UTF-8"):
-        write_rows(str(tmp_path / "a.csv"), [Row(0, "a.jpg", "\udce9", "", "")], overwrite=False)
+        write_listing(str(tmp_path / "a.csv"), [Row(0, "a.jpg", "\udce9", "", "")], overwrite=False)
     assert not list(tmp_path.iterdir())

@@ -8,14 +8,15 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from tlcli.config import DataPreviewConfig
+from tlcli.config.backbone import Preprocess
+from tlcli.config.commands import DataPreviewConfig
+from tlcli.config.data import DataOptions
 from tlcli.data import preview as sheets
 from tlcli.data.augment import Augmenter
 from tlcli.data.collection import collect
 from tlcli.data.decode import decode
-from tlcli.data.preview import check_output, draw_sheet, make_preview, num_views, spread, write_picture
+from tlcli.data.preview import check_picture_path, draw_sheet, make_preview, num_views, spread, write_picture
 from tlcli.errors import DataError, StorageError, UsageError
-from tlcli.option_groups import DataOptions, Preprocess
 from tlcli.progress import Silent
 
 Images = Callable[..., Path]
@@ -91,8 +92,8 @@ def test_what_cannot_be_written_is_refused_first(
     Path("there.png").write_bytes(b"")
     Path("folder.png").mkdir()
     with pytest.raises(error, match=words):
-        check_output(DataPreviewConfig(data="nowhere", **values))
-    check_output(DataPreviewConfig(data="nowhere", output="there.png", overwrite=True))
+        check_picture_path(DataPreviewConfig(data="nowhere", **values))
+    check_picture_path(DataPreviewConfig(data="nowhere", output="there.png", overwrite=True))
 
 
 def test_the_sheet_shows_every_view_where_it_belongs(tmp_path: Path, make_images: Images) -> None:

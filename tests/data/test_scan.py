@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from tlcli.data.scan import Dataset, find_images, scan
+from tlcli.config.data import DataOptions
+from tlcli.data.dataset import Dataset
+from tlcli.data.folders import find_images
+from tlcli.data.scan import scan
 from tlcli.errors import DataError, StorageError, UsageError
-from tlcli.option_groups import DataOptions
 
 
 def touch(root: Path, *names: str) -> Path:

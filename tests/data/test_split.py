@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tlcli.data.listing import write_rows
-from tlcli.data.scan import Sample, scan
+from tlcli.config.data import DataOptions
+from tlcli.data.dataset import Sample
+from tlcli.data.listing import write_listing
+from tlcli.data.scan import scan
 from tlcli.data.split import (
     Fingerprint,
     assign_splits,
@@ -18,7 +20,6 @@ from tlcli.data.split import (
     listing_rows,
     map_threads,
 )
-from tlcli.option_groups import DataOptions
 from tlcli.progress import Silent
 
 Image = tuple[str | None, int, str | None]  # content, class, group
@@ -226,7 +227,7 @@ def test_a_written_split_is_data_again(tmp_path: Path, place: str) -> None:
     splits = assign_splits(dataset.samples, prints, val_fraction=0.3, split_seed=0)
     output = str(tmp_path / place)
     rows = listing_rows(dataset, splits, range(len(splits)), output)
-    write_rows(output, rows, overwrite=False)
+    write_listing(output, rows, overwrite=False)
     again = scan(DataOptions(data=output, allow_outside_root=place.startswith("other")))
     assert again.class_names == dataset.class_names
     assert {sample.path: sample.split for sample in again.samples} == {

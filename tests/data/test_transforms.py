@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tlcli.config.backbone import Preprocess
 from tlcli.data.decode import decode
 from tlcli.data.transforms import EvalTransform
-from tlcli.option_groups import Preprocess
 
 SIZES = [(375, 500), (500, 333), (64, 64), (301, 97), (224, 224), (31, 47), (1, 1), (7, 90)]
 

@@ -15,11 +15,13 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from cases import SCENARIOS, Ground, memory
-from injection import Fault
 
-from tlcli.cache import entry, files, shard
-from tlcli.run_writer import RunFiles
+from tests.faults.cases import SCENARIOS, Ground, memory
+from tests.faults.injection import Fault
+from tlcli.cache import entry, shard
+from tlcli.cache.shard import write_shard
+from tlcli.machine import files
+from tlcli.runs.directory import RunDirectory
 
 Patch = Callable[[], AbstractContextManager[Any]]
 
@@ -40,7 +42,7 @@ def published_in_place() -> Iterator[None]:
 
 
 def rows_of_other_keys() -> AbstractContextManager[Any]:
-    real = entry.write_shard
+    real = write_shard
 
     def wrong(folder: Path, key: str, row_format: Any, env: str, keys: Any, rows: Any) -> str:
         return real(folder, key, row_format, env, np.roll(keys, 1, axis=0), rows)
@@ -50,7 +52,7 @@ def rows_of_other_keys() -> AbstractContextManager[Any]:
 
 def shards_rewritten() -> AbstractContextManager[Any]:
     """Publish by taking all other shards away for a moment."""
-    real = entry.write_shard
+    real = write_shard
 
     def slow(folder: Path, *rest: Any) -> str:
         others = {path: path.read_bytes() for path in folder.glob("*.safetensors")}
@@ -85,17 +87,17 @@ def no_second_read() -> AbstractContextManager[Any]:
 
 
 def old_run_removed_first() -> AbstractContextManager[Any]:
-    real = RunFiles._begin
+    real = RunDirectory._begin
 
-    def eager(self: RunFiles) -> None:
+    def eager(self: RunDirectory) -> None:
         shutil.rmtree(self.path)
         real(self)
 
-    return mock.patch.object(RunFiles, "_begin", eager)
+    return mock.patch.object(RunDirectory, "_begin", eager)
 
 
 def old_run_forgotten() -> AbstractContextManager[Any]:
-    return mock.patch.object(RunFiles, "_remove_kept", return_value=None)
+    return mock.patch.object(RunDirectory, "_remove_kept", return_value=None)
 
 
 BREAKS: dict[str, tuple[Patch, str, Fault]] = {

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from child import Outcome, Teller
-from injection import Fault
 
-from tlcli.cache import files
+from tests.faults.child import Outcome, Teller
+from tests.faults.injection import Fault
 from tlcli.cache.entry import Entry
 from tlcli.cache.key import RowKey
 from tlcli.cache.prune import execute_prune, plan_prune
 from tlcli.cache.shard import DamagedShard, open_shard
 from tlcli.cache.store import Store
 from tlcli.errors import StorageError
+from tlcli.machine import files
 
 DIM = 8
 ROWS_A_SHARD = 4

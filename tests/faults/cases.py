@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_scenarios import CACHE_SCENARIOS
-from child import Outcome, Work, run_child
-from injection import EFFECTS, FATAL, Fault
-from run_scenarios import RUN_SCENARIOS
+from tests.faults.cache_scenarios import CACHE_SCENARIOS
+from tests.faults.child import Outcome, Work, run_child
+from tests.faults.injection import EFFECTS, FATAL, Fault
+from tests.faults.run_scenarios import RUN_SCENARIOS
 
 SCENARIOS = (*CACHE_SCENARIOS, *RUN_SCENARIOS)
 # A kill before any other call leaves the disk as the kill before the next of these does.

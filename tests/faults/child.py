@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from injection import Fault, Injector
-
+from tests.faults.injection import Fault, Injector
 from tlcli.errors import TlcliError
 
 LIMIT_SECONDS = 60  # a child that takes longer hangs

@@ -5,12 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from child import Outcome, Teller
-from injection import Fault
-
-from tlcli.config import FinetuneConfig
+from tests.faults.child import Outcome, Teller
+from tests.faults.injection import Fault
+from tlcli.config.commands import FinetuneConfig
 from tlcli.errors import UsageError
-from tlcli.run_writer import RunFiles, check_output, read_facts, run_to_continue
+from tlcli.runs.directory import RunDirectory, check_run_dir, read_facts, run_to_continue
 
 EPOCHS = 4
 FACTS: dict[str, Any] = {
@@ -49,9 +48,9 @@ def lines(seed: int, epochs: int) -> bytes:
 def train(run: Path, seed: int = 1, stop: bool = False, **options: Any) -> None:
     """Write a run as `finetune` does; with `stop` it is interrupted after two epochs."""
     given = config(run, **options)
-    check_output(given)
+    check_run_dir(given)
     run_to_continue(given)
-    with RunFiles(run, given, FACTS | {"seed": seed}, resume=given.resume) as writer:
+    with RunDirectory(run, given, FACTS | {"seed": seed}, resume=given.resume) as writer:
         for epochs in range(1, EPOCHS + 1):
             writer.write_lines("metrics.jsonl", history(seed, epochs))
             if stop and epochs == 2:

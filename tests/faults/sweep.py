@@ -1,7 +1,7 @@
 """Sweep faults over the cache and the run directory, and print what became of them.
 
-    python tests/faults/sweep.py             every fault, and true system calls where strace exists
-    python tests/faults/sweep.py --sample    a fixed choice, in seconds
+    python -m tests.faults.sweep             every fault, and true system calls where strace exists
+    python -m tests.faults.sweep --sample    a fixed choice, in seconds
 
 A fault counts once, and only when it happened.
 """
@@ -18,9 +18,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import tracing
-from cases import SCENARIOS, Finding, Ground, Unit, all_units, memory, sample_units
-from injection import EFFECTS
+from tests.faults import tracing
+from tests.faults.cases import SCENARIOS, Finding, Ground, Unit, all_units, memory, sample_units
+from tests.faults.injection import EFFECTS
 
 grounds: list[Ground] = []  # as the workers inherit them
 

@@ -6,21 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
-sys.path.append(str(FOLDER))  # for `cases` and what it imports
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments):
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # what has threads is not forked
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
 def test_nothing_is_lost_or_wrong_under_a_choice_of_faults(tmp_path):
-    from cases import SCENARIOS
-    from injection import EFFECTS
+    from tests.faults.cases import SCENARIOS
+    from tests.faults.injection import EFFECTS
 
-    done = run(FOLDER / "sweep.py", "--sample", "--jobs", 2, "--json", tmp_path / "counts.json")
+    done = run("-m", "tests.faults.sweep", "--sample", "--jobs", 2, "--json", tmp_path / "counts.json")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     counts = json.loads((tmp_path / "counts.json").read_text())["python"]
     assert counts["violations"] == 0
@@ -33,7 +32,7 @@ def test_nothing_is_lost_or_wrong_under_a_choice_of_faults(tmp_path):
 
 
 def test_the_sweep_finds_what_is_broken():
-    done = run(FOLDER / "broken.py")
+    done = run("-m", "tests.faults.broken")
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert len(found) >= 9

@@ -9,9 +9,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from cases import Finding, Ground
-from child import Outcome, Work, finish_child, start_child
-from injection import Fault
+from tests.faults.cases import Finding, Ground
+from tests.faults.child import Outcome, Work, finish_child, start_child
+from tests.faults.injection import Fault
 
 # By architecture a call has one of these names; what begins with ? may be missing.
 SYSCALLS = {

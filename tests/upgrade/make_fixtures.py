@@ -1,6 +1,6 @@
 """Write the fixtures of a release: runs, a feature cache, images, configurations and JSON documents.
 
-    git checkout v0.2.0 && python tests/upgrade/make_fixtures.py tests/upgrade/v0_2_0
+    git checkout v0.2.0 && python -m tests.upgrade.make_fixtures tests/upgrade/v0_2_0
 
 Done once a release, by its own code; the folder is never written again. Every command is run twice: what
 is kept is the second document, of a cache that has all rows.
@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 
 from PIL import Image
-from upgrade_commands import COMMANDS
+
+from tests.upgrade.upgrade_commands import COMMANDS
 
 CLASSES = ("0", "1", "4", "7")
 COUNTS = {"train": 8, "val": 4}  # images of each class

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.upgrade.upgrade_commands import COMMANDS
+
 HERE = Path(__file__).parent
 RELEASES = sorted(path.name for path in HERE.glob("v[0-9]*"))
 ROOT_NAME = "@ROOT@"
@@ -36,16 +38,6 @@ VOLATILE = {
     ),
     *("plan", "features_seconds", "environments", "cached"),
 }
-
-
-def commands() -> dict[str, tuple[str, ...]]:
-    """Return the pinned command lines."""
-    names: dict[str, object] = {}
-    exec((HERE / "upgrade_commands.py").read_text(encoding="utf-8"), names)
-    return names["COMMANDS"]
-
-
-COMMANDS = commands()
 
 
 @pytest.fixture(params=RELEASES)

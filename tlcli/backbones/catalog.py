@@ -30,7 +30,7 @@ Sort = Literal["name", "params", "image-size"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogEntry:
     """One backbone of the list.
 
     Attributes:
@@ -59,7 +59,7 @@ def entries(
     max_parameters: float | None = None,
     image_size: int | None = None,
     sort: Sort = "name",
-) -> list[Entry]:
+) -> list[CatalogEntry]:
     """Return the backbones that fit all conditions: those with pretrained weights, and the classic ones.
 
     Args:
@@ -141,7 +141,7 @@ def _build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _all() -> Iterator[Entry]:
+def _all() -> Iterator[CatalogEntry]:
     counts = parameter_counts()
     repositories, files = _cached_repositories(), _cached_files()
     try:
@@ -163,10 +163,10 @@ def _all() -> Iterator[Entry]:
         size = int(default.transforms().crop_size[0])
         full = torchvision_zoo.PREFIX + name
         here = default.url.rpartition("/")[2] in files
-        yield Entry(full, full, counts.get(full), (size, size), default.meta.get("license"), here)
+        yield CatalogEntry(full, full, counts.get(full), (size, size), default.meta.get("license"), here)
     for name, network in classic.NETWORKS.items():
         full, size = classic.PREFIX + name, network.image_size
-        yield Entry(full, full, counts.get(full), (size, size), None, False, pretrained=False)
+        yield CatalogEntry(full, full, counts.get(full), (size, size), None, False, pretrained=False)
     for repository in sorted(repositories - registered):
         try:
             spec = specs.timm_spec(f"hf-hub:{repository}", offline=True)
@@ -176,10 +176,10 @@ def _all() -> Iterator[Entry]:
             yield _local_entry(f"hf-hub:{repository}", spec)
 
 
-def _entry(name: str, architecture: str, cfg: dict[str, object], cached: bool) -> Entry:
+def _entry(name: str, architecture: str, cfg: dict[str, object], cached: bool) -> CatalogEntry:
     size = cfg.get("input_size") or (3, 224, 224)
     license = cfg.get("license")
-    return Entry(
+    return CatalogEntry(
         name=name,
         architecture=architecture,
         num_parameters=parameter_counts().get(architecture),
@@ -189,7 +189,7 @@ def _entry(name: str, architecture: str, cfg: dict[str, object], cached: bool) -
     )
 
 
-def _local_entry(name: str, spec: specs.TimmSpec) -> Entry:
+def _local_entry(name: str, spec: specs.TimmSpec) -> CatalogEntry:
     """Return the entry of a cached network, counted anew where its arguments change the architecture."""
     entry = _entry(name, spec.architecture, spec.cfg, True)
     if spec.arguments:
@@ -197,7 +197,7 @@ def _local_entry(name: str, spec: specs.TimmSpec) -> Entry:
     return entry
 
 
-def with_parameters(entry: Entry) -> Entry:
+def with_parameters(entry: CatalogEntry) -> CatalogEntry:
     """Return `entry` with its parameters counted where the table lacks them."""
     if entry.num_parameters is not None:
         return entry

@@ -19,7 +19,6 @@ import difflib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +28,8 @@ from torch.nn import functional
 from tlcli.backbones import weights
 from tlcli.backbones.initialise import reinitialise
 from tlcli.backbones.model_arguments import unknown_argument
+from tlcli.config.backbone import Preprocess
 from tlcli.errors import BackboneError, UsageError
-from tlcli.option_groups import Preprocess
 
 PREFIX = "classic/"
 INIT_SEED = 0
@@ -271,7 +270,7 @@ LAYERS: dict[str, tuple[Any, Any]] = {
 
 
 @dataclass(frozen=True)
-class Network:
+class ClassicSpec:
     """One name of this module.
 
     Attributes:
@@ -288,12 +287,12 @@ class Network:
     smallest: Callable[[int], int]
 
 
-NETWORKS: dict[str, Network] = {
-    "lenet5-1998": Network(_lenet5_1998, {"init": ("paper", ("paper", *INITS[1:]))}, 32, lambda _: 16),
-    "lenet5": Network(
+NETWORKS: dict[str, ClassicSpec] = {
+    "lenet5-1998": ClassicSpec(_lenet5_1998, {"init": ("paper", ("paper", *INITS[1:]))}, 32, lambda _: 16),
+    "lenet5": ClassicSpec(
         _lenet5, {**LAYERS, "separable": (False, (False, True)), "width": (1, range(1, 65))}, 32, lambda _: 16
     ),
-    "small-cnn": Network(
+    "small-cnn": ClassicSpec(
         _small_cnn,
         {
             **LAYERS,
@@ -304,13 +303,13 @@ NETWORKS: dict[str, Network] = {
         64,
         lambda depth: 2**depth,
     ),
-    "mlp": Network(
+    "mlp": ClassicSpec(
         _mlp,
         {**LAYERS, "width": (512, range(1, 8193)), "depth": (2, range(1, 101)), "hidden": ([], list)},
         32,
         lambda _: 1,
     ),
-    "xception-small": Network(
+    "xception-small": ClassicSpec(
         _xception_small,
         {
             "activation": LAYERS["activation"],
@@ -437,70 +436,3 @@ def resolve_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
             "--model-kwargs: hidden contradicts width and depth.", hint="Give the sizes one way only."
         )
     return resolved
-
-
-# ---- side branches ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SideBranch:
-    """A classifier beside the network, whose loss is added in training and which is dropped afterwards.
-
-    Attributes:
-        module_name: The module of the headless network whose output the branch takes.
-        build: Number of classes -> the branch: maps [B, C, H, W] to logits [B, num_classes].
-    """
-
-    module_name: str
-    build: Callable[[int], nn.Module]
-
-
-def side_branches(model: nn.Module) -> list[SideBranch]:
-    """Return the side branches of GoogLeNet and Inception v3; other networks have none.
-
-    The maps are averaged to a fixed size, so that images of any size are taken. A branch hangs on a module
-    of the whole network; a traced suffix has no such modules.
-
-    Args:
-        model: Headless, of torchvision (`googlenet`, `inception_v3`) or timm (`inception_v3`).
-    """
-    from torchvision.models import GoogLeNet, Inception3
-
-    if isinstance(model, GoogLeNet):
-        return [
-            SideBranch("inception4a", partial(_googlenet_branch, 512)),
-            SideBranch("inception4d", partial(_googlenet_branch, 528)),
-        ]
-    if isinstance(model, Inception3) or type(model).__name__ == "InceptionV3":
-        return [SideBranch("Mixed_6e", _inception_branch)]
-    return []
-
-
-def _googlenet_branch(channels: int, num_classes: int) -> nn.Module:
-    """The branch of Szegedy et al. 2014: averages 4x4, 1x1 convolution, 1024 units, dropout 0.7."""
-    from torchvision.models.googlenet import InceptionAux
-
-    return _seeded(lambda: InceptionAux(channels, num_classes, dropout=0.7))
-
-
-def _inception_branch(num_classes: int) -> nn.Module:
-    """The branch of Szegedy et al. 2015: averages 5x5, two convolutions with batch norm, a linear layer."""
-    from torchvision.models.inception import BasicConv2d
-
-    return _seeded(
-        lambda: nn.Sequential(
-            nn.AdaptiveAvgPool2d(5),
-            BasicConv2d(768, 128, kernel_size=1),
-            BasicConv2d(128, 768, kernel_size=5),
-            nn.Flatten(),
-            nn.Linear(768, num_classes),
-        )
-    )
-
-
-def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
-    """Return a branch with He's weights; the global random state stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        branch = make()
-    reinitialise(branch, "he", INIT_SEED)
-    return branch

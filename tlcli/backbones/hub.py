@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from tlcli import paths
-from tlcli.backbones.weights import file_sha256
+from tlcli.backbones.weights_file import file_sha256
 from tlcli.errors import BackboneError
+from tlcli.machine import paths
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from timm.models import PretrainedCfg
 from tlcli.backbones import hub
 from tlcli.errors import BackboneError, UsageError
 
-Source = Literal["timm", "torchvision", "classic", "hf-hub", "local-dir", "bundled"]
+Origin = Literal["timm", "torchvision", "classic", "hf-hub", "local-dir", "bundled"]
 
 BUNDLED_DIR = Path(__file__).parent / "bundled"
 LIST_HINT = "`tlcli backbones list PATTERN` shows the names; `bundled` always works, offline too."
@@ -41,7 +41,7 @@ class TimmSpec:
     cfg: dict[str, Any]
     arguments: dict[str, Any]
     find: Callable[[], Path] | None
-    source: Source
+    source: Origin
 
 
 def timm_spec(name: str, *, offline: bool = False) -> TimmSpec:
@@ -91,7 +91,7 @@ def _registry_spec(name: str, offline: bool) -> TimmSpec:
     return TimmSpec(architecture=architecture, cfg=plain, arguments={}, find=find, source="timm")
 
 
-def _local_spec(folder: Path, source: Source) -> TimmSpec:
+def _local_spec(folder: Path, source: Origin) -> TimmSpec:
     config = folder / "config.json"
     if not config.is_file():
         what = "no such folder" if not folder.is_dir() else "it has no config.json"

@@ -17,8 +17,9 @@ from torch import nn
 from torchvision import models
 
 from tlcli.backbones import hub, weights
+from tlcli.backbones.weights_file import StateDict
+from tlcli.config.backbone import Preprocess
 from tlcli.errors import BackboneError, UsageError
-from tlcli.option_groups import Preprocess
 
 PREFIX = "torchvision/"
 INIT_SEED = 0
@@ -105,9 +106,7 @@ def headless(name: str, arguments: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _convert(
-    name: str, model: nn.Module, arguments: dict[str, Any], state: weights.StateDict
-) -> weights.StateDict:
+def _convert(name: str, model: nn.Module, arguments: dict[str, Any], state: StateDict) -> StateDict:
     """Return published weights under the names and shapes of today's networks."""
     if name.startswith("densenet"):  # published when the two convolutions of a layer had names with a dot
         return {

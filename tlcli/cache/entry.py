@@ -22,8 +22,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tlcli.cache import files
-from tlcli.cache.files import storage_errors
 from tlcli.cache.key import SCHEMA, RowKey, entry_key
 from tlcli.cache.shard import (
     SUFFIX,
@@ -37,6 +35,8 @@ from tlcli.cache.shard import (
 )
 from tlcli.cache.writer import FLUSH_BYTES, FLUSH_SECONDS, Writer
 from tlcli.errors import StorageError
+from tlcli.machine import files
+from tlcli.machine.files import storage_errors
 from tlcli.progress import Progress, Silent
 
 log = logging.getLogger(__name__)

@@ -16,20 +16,19 @@ from pathlib import Path
 
 import numpy as np
 
-from tlcli.cache import files
 from tlcli.cache.entry import TAG, last_used
-from tlcli.cache.files import storage_errors
 from tlcli.cache.shard import Shard
 from tlcli.cache.store import Store, Summary
 from tlcli.cache.writer import FLUSH_BYTES
 from tlcli.errors import StorageError, UsageError
+from tlcli.machine import files
+from tlcli.machine.files import storage_errors
 from tlcli.progress import Progress, Silent
 
 GRACE_SECONDS = 600.0  # how long trash is kept
 IN_USE_SECONDS = 900.0  # an entry used this recently is kept (the mark is at most 300 s old while in use)
 QUARANTINE_SECONDS = 30 * 86400.0  # how long damaged shards are kept for a look at them
 SMALL_BYTES = FLUSH_BYTES // 4  # smaller shards are merged
-AGES = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 @dataclass(frozen=True)
@@ -69,20 +68,6 @@ class PrunePlan:
     def bytes_later(self) -> int:
         """Return the bytes that a prune after the grace period frees (merged shards count as rewritten)."""
         return sum(item.num_bytes for item in (*self.retired, *self.waiting))
-
-
-def parse_age(text: str) -> float:
-    """Return an age such as "30d", "12h" or "45m" in seconds.
-
-    Raises:
-        UsageError: It is no number with one of the units s, m, h, d, w.
-    """
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhdw])", text.strip().lower())
-    if not match:
-        raise UsageError(
-            f"{text!r} is not an age.", hint="Write a number and s, m, h, d or w: 45m, 12h, 30d."
-        )
-    return float(match[1]) * AGES[match[2]]
 
 
 def plan_prune(

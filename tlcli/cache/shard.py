@@ -20,8 +20,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from tlcli.cache.files import opened, publish, read_at
 from tlcli.cache.key import RowKey, canonical_json
+from tlcli.machine.files import opened, publish, read_at
 
 SHARD_SCHEMA = "tlcli.shard/1"
 SUFFIX = ".safetensors"

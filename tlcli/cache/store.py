@@ -21,16 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tlcli.cache import files
 from tlcli.cache.entry import Entry, last_used, read_spec, tag_root
-from tlcli.cache.files import size_text, storage_errors
 from tlcli.cache.key import SCHEMA, canonical_json, entry_key, explain
 from tlcli.cache.shard import Shard
 from tlcli.errors import StorageError, UsageError
+from tlcli.machine import files
+from tlcli.machine.files import storage_errors
+from tlcli.wording import size_text
 
 KEY_NAME = re.compile(r"[0-9a-f]{64}")
 MIN_FREE_BYTES = 256 << 20
-POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 class Store:
@@ -232,15 +232,3 @@ class Summary:
     shards: tuple[Shard, ...]
     num_bytes: int
     last_used: float
-
-
-def parse_size(text: str) -> int:
-    """Return a size such as "20GB", "500MB" or "1.5GiB" in bytes; GB is 10**9, GiB is 2**30.
-
-    Raises:
-        UsageError: It is no number with a unit.
-    """
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?(?:([kmgt]?)(i?)b|([kmgt]))", text.strip().lower())
-    if not match or (match[3] and not match[2]):
-        raise UsageError(f"{text!r} is not a size.", hint="Write a number and a unit: 500MB, 20GB, 1.5GiB.")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** POWERS[match[2] or match[4] or ""])

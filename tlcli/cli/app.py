@@ -12,9 +12,10 @@ from typing import Annotated
 
 import typer
 
-from tlcli import __version__, memory, paths
+from tlcli import __version__
 from tlcli.cli import options, output
 from tlcli.errors import Interrupted, TlcliError
+from tlcli.machine import memory, paths
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 bug, 2 usage, 3 data, 4 backbone or weights, 5 device, memory, disk, permission, "

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from tlcli.cli.options import command
 from tlcli.cli.output import Output, table
-from tlcli.config import BackbonesListConfig, BackbonesShowConfig
+from tlcli.config.backbone import BackboneOptions
+from tlcli.config.commands import BackbonesListConfig, BackbonesShowConfig
 from tlcli.errors import BackboneError, UsageError
-from tlcli.option_groups import BackboneOptions
 
 if TYPE_CHECKING:
+    from tlcli.backbones.backbone import Backbone
     from tlcli.backbones.costs import UnitCosts
-    from tlcli.backbones.zoo import Backbone
 
 
 @command(

@@ -4,11 +4,11 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from tlcli import paths
 from tlcli.cli.options import command
 from tlcli.cli.output import Output, table
-from tlcli.config import CacheListConfig, CachePruneConfig, CacheShowConfig, CacheVerifyConfig
+from tlcli.config.commands import CacheListConfig, CachePruneConfig, CacheShowConfig, CacheVerifyConfig
 from tlcli.errors import CheckFailed, StorageError, UsageError
+from tlcli.machine import paths
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,8 +23,8 @@ EMPTY = "The feature cache is empty."
 @command(CacheListConfig, examples=("tlcli cache list", "tlcli cache list --json"))
 def list_entries(out: Output, _config: CacheListConfig) -> None:
     """List the entries of the feature cache, last used first."""
-    from tlcli.cache.files import size_text
     from tlcli.cache.store import Store
+    from tlcli.wording import size_text
 
     store = Store(paths.features_dir())
     entries = store.entries()
@@ -55,9 +55,10 @@ def show(out: Output, config: CacheShowConfig) -> None:
     """Show one entry: the facts its key is made of, its shards and what wrote them."""
     import json
 
-    from tlcli.cache.files import list_folder, size_text
     from tlcli.cache.key import flatten
     from tlcli.cache.store import Store
+    from tlcli.machine.files import list_folder
+    from tlcli.wording import size_text
 
     if config.key is None:
         raise UsageError("KEY is missing.", hint="See `tlcli cache list`, then `tlcli cache show KEY`.")
@@ -143,9 +144,9 @@ def verify(out: Output, config: CacheVerifyConfig) -> None:
 )
 def prune(out: Output, config: CachePruneConfig) -> None:
     """Delete old entries, merge small shards, and empty the trash."""
-    from tlcli.cache.files import size_text
-    from tlcli.cache.prune import GRACE_SECONDS, execute_prune, parse_age, plan_prune
-    from tlcli.cache.store import Store, parse_size
+    from tlcli.cache.prune import GRACE_SECONDS, execute_prune, plan_prune
+    from tlcli.cache.store import Store
+    from tlcli.wording import parse_age, parse_size, size_text
 
     age = None if config.older_than is None else parse_age(config.older_than)
     size = None if config.max_size is None else parse_size(config.max_size)

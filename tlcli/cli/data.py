@@ -6,18 +6,20 @@ import shlex
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from tlcli import paths
 from tlcli.cli.options import command
-from tlcli.cli.output import Output, printable, table
-from tlcli.config import DataCheckConfig, DataPreviewConfig, DataSplitConfig, long_name
+from tlcli.cli.output import Output, table
+from tlcli.config.commands import DataCheckConfig, DataPreviewConfig, DataSplitConfig
+from tlcli.config.data import AugmentOptions
+from tlcli.config.fields import long_name
 from tlcli.errors import DataError
-from tlcli.option_groups import AugmentOptions
+from tlcli.machine import paths
+from tlcli.wording import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tlcli.data.audit import Audit, Finding
-    from tlcli.data.scan import Dataset
+    from tlcli.data.dataset import Dataset
     from tlcli.data.split import Fingerprint
 
 MAX_ITEMS = 10
@@ -34,7 +36,7 @@ def check(out: Output, config: DataCheckConfig) -> None:
     from tlcli.data.isolate import examine_isolated
     from tlcli.data.scan import scan
     from tlcli.data.split import assign_splits, limit_per_class
-    from tlcli.device import torch_threads
+    from tlcli.machine.device import torch_threads
 
     dataset = scan(config)
     workers = config.workers or paths.default_workers()
@@ -66,13 +68,13 @@ def check(out: Output, config: DataCheckConfig) -> None:
 def split(out: Output, config: DataSplitConfig) -> None:
     """Show which images are train, val and test; they depend on content alone."""
     from tlcli.data.audit import require_usable
-    from tlcli.data.decode import BadImage
-    from tlcli.data.listing import check_output, write_rows
+    from tlcli.data.image_files import BadImage
+    from tlcli.data.listing import check_listing_path, write_listing
     from tlcli.data.scan import scan
     from tlcli.data.split import assign_splits, fingerprint, limit_per_class, listing_rows
 
     if config.output:
-        check_output(config.output, overwrite=config.overwrite)
+        check_listing_path(config.output, overwrite=config.overwrite)
     dataset = scan(config)
     for warning in dataset.warnings:
         logging.getLogger(__name__).warning(warning)
@@ -92,7 +94,7 @@ def split(out: Output, config: DataSplitConfig) -> None:
     require_usable(dataset, splits, bad, max_bad=config.max_bad)
     if config.output:
         rows = listing_rows(dataset, splits, kept, config.output)
-        write_rows(config.output, rows, overwrite=config.overwrite)
+        write_listing(config.output, rows, overwrite=config.overwrite)
     counts = {name: dict.fromkeys(SPLITS, 0) for name in dataset.class_names}
     for index in kept:
         counts[dataset.class_names[samples[index].label or 0]][splits[index]] += 1
@@ -128,10 +130,10 @@ def split(out: Output, config: DataSplitConfig) -> None:
 )
 def preview(out: Output, config: DataPreviewConfig) -> None:
     """Draw augmented training images as one PNG picture, to judge an augmentation by eye."""
-    from tlcli.data.preview import check_output, draw_sheet, make_preview, num_views, write_picture
-    from tlcli.device import torch_threads
+    from tlcli.data.preview import check_picture_path, draw_sheet, make_preview, num_views, write_picture
+    from tlcli.machine.device import torch_threads
 
-    check_output(config)
+    check_picture_path(config)
     with torch_threads(1):
         made = make_preview(config, config.workers or paths.default_workers(), out.progress)
     write_picture(draw_sheet(made, config.data or ""), config.output)

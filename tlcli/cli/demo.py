@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from tlcli.cli.options import command
 from tlcli.cli.output import Output, table
-from tlcli.config import DemoConfig
+from tlcli.config.commands import DemoConfig
 
 if TYPE_CHECKING:
-    from tlcli.demo import Step
+    from tlcli.commands.demo import Step
 
 WIDTH = 100
 
@@ -20,7 +20,7 @@ WIDTH = 100
 @command(DemoConfig, dry_run=True, examples=("tlcli demo", "tlcli demo -o digits --overwrite --json"))
 def demo(out: Output, config: DemoConfig) -> None:
     """Show the whole path on handwritten digits, offline, in a minute or two."""
-    from tlcli import demo as library
+    from tlcli.commands import demo as library
 
     plan = library.plan_demo(config, program=_program())
     narrator = _Narrator(out, len(plan.steps))

@@ -5,7 +5,7 @@ from rich.table import Table
 from tlcli.cli.finetune import accuracy
 from tlcli.cli.options import command
 from tlcli.cli.output import Output, table
-from tlcli.config import EvaluateConfig
+from tlcli.config.commands import EvaluateConfig
 from tlcli.errors import CheckFailed
 
 LARGEST_MATRIX = 20
@@ -18,8 +18,7 @@ LARGEST_MATRIX = 20
 )
 def evaluate(out: Output, config: EvaluateConfig) -> None:
     """Measure a run: accuracy with its interval, per class, calibration; a gate for scripts."""
-    from tlcli import evaluate as library
-    from tlcli import extract
+    from tlcli.commands import evaluate as library
 
     run, plan = library.plan_evaluate(config, out.progress)
     facts = plan.facts()
@@ -30,7 +29,7 @@ def evaluate(out: Output, config: EvaluateConfig) -> None:
         out.result("evaluate.plan", plan.document())
         return
     evaluation, features = library.evaluate(run, plan, config, out.progress)
-    out.note(extract.summary(features))
+    out.note(features.summary())
     found = evaluation.document
     names = found["class_names"]
     gate = None

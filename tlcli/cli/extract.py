@@ -5,8 +5,10 @@ import shlex
 
 from tlcli.cli.options import command
 from tlcli.cli.output import Output
-from tlcli.config import ExtractConfig, long_name
-from tlcli.option_groups import AugmentOptions, BackboneOptions, DataOptions, FeatureOptions
+from tlcli.config.backbone import BackboneOptions, FeatureOptions
+from tlcli.config.commands import ExtractConfig
+from tlcli.config.data import AugmentOptions, DataOptions
+from tlcli.config.fields import long_name
 
 
 @command(
@@ -19,7 +21,7 @@ from tlcli.option_groups import AugmentOptions, BackboneOptions, DataOptions, Fe
 )
 def extract(out: Output, config: ExtractConfig) -> None:
     """Compute the frozen part's features once, into the cache, and export them on request."""
-    from tlcli import extract as library
+    from tlcli.commands import extract as library
 
     plan = library.plan_extract(config, out.progress)
     out.plan("Extract features", plan.facts())
@@ -29,11 +31,11 @@ def extract(out: Output, config: ExtractConfig) -> None:
     features = library.extract(config, plan, out.progress)
     document = {
         **plan.document(),
-        "features": library.features_document(features),
+        "features": features.document(),
         "output": config.output,
         "bad_images": [{"file": image.name, "reason": image.reason} for image in features.bad_images],
     }
-    text = library.summary(features) + (f"\nwrote {config.output}" if config.output else "")
+    text = features.summary() + (f"\nwrote {config.output}" if config.output else "")
     out.result("extract", document, text)
     frozen = plan.store.extractor.cut.num_frozen_units
     if frozen:

@@ -5,7 +5,7 @@ from typing import Any
 
 from tlcli.cli.options import command
 from tlcli.cli.output import Output, table
-from tlcli.config import FinetuneConfig
+from tlcli.config.commands import FinetuneConfig
 
 
 @command(
@@ -18,8 +18,7 @@ from tlcli.config import FinetuneConfig
 )
 def finetune(out: Output, config: FinetuneConfig) -> None:
     """Train a classifier in one of the four scenarios and write a run."""
-    from tlcli import extract
-    from tlcli import finetune as library
+    from tlcli.commands import finetune as library
 
     plan = library.plan_finetune(config, out.progress)
     for note in plan.notes:
@@ -30,7 +29,7 @@ def finetune(out: Output, config: FinetuneConfig) -> None:
         return
     result = library.finetune(plan, out.progress)
     if plan.features is not None:
-        out.note(extract.summary(result.features))
+        out.note(result.features.summary())
     out.result("finetune", result.document, table(["", ""], _rows(result.document)))
     run = shlex.quote(str(result.run_path))
     out.hint(f"tlcli evaluate {run}    tlcli report {run}")

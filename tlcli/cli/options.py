@@ -1,7 +1,7 @@
 """Turns a configuration dataclass into the options of a command, and runs the command with it.
 
 Precedence: flag > environment variable > --config file > default. Names, defaults, ranges and help stand in
-config.py alone.
+the groups of `config` alone.
 """
 
 import dataclasses
@@ -14,18 +14,23 @@ from typing import Annotated, Any
 
 import typer
 
-from tlcli import config as configurations
-from tlcli import option_groups, paths
 from tlcli.cli.output import Output
+from tlcli.config.backbone import BackboneOptions, FeatureOptions
+from tlcli.config.data import AugmentOptions, DataOptions
+from tlcli.config.fields import long_name
+from tlcli.config.head import HeadOptions
+from tlcli.config.training import TrainingOptions
+from tlcli.config.yaml_file import read_config_file
 from tlcli.errors import CheckFailed, Interrupted, UsageError
+from tlcli.machine import paths
 
 PANELS = {
-    option_groups.DataOptions: "Data",
-    option_groups.BackboneOptions: "Backbone",
-    option_groups.FeatureOptions: "Features and hardware",
-    option_groups.AugmentOptions: "Augmentation",
-    option_groups.HeadOptions: "Head and training",
-    option_groups.TrainingOptions: "Training of the backbone",
+    DataOptions: "Data",
+    BackboneOptions: "Backbone",
+    FeatureOptions: "Features and hardware",
+    AugmentOptions: "Augmentation",
+    HeadOptions: "Head and training",
+    TrainingOptions: "Training of the backbone",
 }
 
 LARGEST = 2**63 - 1  # what a generator takes as its seed; numbers beyond are of no use to any option
@@ -43,7 +48,7 @@ def command(
     """Make `function(out, config)` a command whose options are the fields of `config_type`.
 
     Args:
-        config_type: A frozen dataclass of config.py.
+        config_type: A frozen dataclass of `config`.
         examples: Two command lines that end the help.
         dry_run: Whether the command plans before long work and so has --dry-run.
     """
@@ -102,7 +107,7 @@ def _check_values(config_type: type, values: dict[str, Any]) -> None:
     """
     for field in dataclasses.fields(config_type):
         value, about = values[field.name], field.metadata
-        name = str(about["metavar"]) if about.get("argument") else f"--{configurations.long_name(field.name)}"
+        name = str(about["metavar"]) if about.get("argument") else f"--{long_name(field.name)}"
         if isinstance(value, int | float):
             low, high = about.get("minimum"), about.get("maximum")
             low, high = -LARGEST if low is None else low, LARGEST if high is None else high
@@ -149,7 +154,7 @@ def _common(config_type: type) -> list[inspect.Parameter]:
         if path is not None:
             if not path:
                 raise UsageError("--config is empty.", hint="Leave it out, or name a YAML file.")
-            options = configurations.read_config_file(path, known)
+            options = read_config_file(path, known)
             # As the same text after a flag: a number given as it is would be rounded, 1.5 epochs to 1.
             ctx.default_map = {
                 name: value
@@ -188,7 +193,7 @@ def _range(about: Mapping[str, Any]) -> str:
 
 
 def _flags(name: str, hint: Any) -> tuple[str, ...]:
-    long = configurations.long_name(name)
+    long = long_name(name)
     return (f"--{long}/--no-{long}",) if hint is bool else (f"--{long}",)
 
 

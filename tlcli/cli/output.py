@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tlcli import processes
+from tlcli.machine import processes
 from tlcli.progress import Progress, Silent
+from tlcli.wording import printable
 
 SCHEMA_VERSION = 1
 
@@ -142,13 +143,6 @@ def cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return escape(printable(str(value)))
-
-
-def printable(text: str) -> str:
-    """Return `text` with control characters and undecodable bytes shown as escapes, safe for a terminal."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
 
 
 def _lines(text: str) -> str:

@@ -7,11 +7,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from tlcli.cli.options import command
-from tlcli.cli.output import Output, printable, table
-from tlcli.config import PredictConfig
+from tlcli.cli.output import Output, table
+from tlcli.config.commands import PredictConfig
+from tlcli.wording import printable
 
 if TYPE_CHECKING:
-    from tlcli.predict import Prediction
+    from tlcli.commands.predict import Prediction
 
 
 @command(
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 )
 def predict(out: Output, config: PredictConfig) -> None:
     """Name the classes of images; a bad image is reported and the rest predicted."""
-    from tlcli import predict as library
+    from tlcli.commands import predict as library
 
     found = []
     # stdout stays empty until an image could be used: a command that ends with an error writes nothing.

@@ -5,7 +5,7 @@ import textwrap
 
 from tlcli.cli.options import command
 from tlcli.cli.output import Output
-from tlcli.config import RecommendConfig
+from tlcli.config.commands import RecommendConfig
 
 WIDTH = 100
 
@@ -19,7 +19,7 @@ WIDTH = 100
 )
 def recommend(out: Output, config: RecommendConfig) -> None:
     """Say which scenario fits a data set, why, and the command to run."""
-    from tlcli import recommend as library
+    from tlcli.commands import recommend as library
 
     found = library.recommend(config)
     situation = f"a {found.size} data set, {found.similarity} similarity to the pretraining data"

@@ -2,13 +2,13 @@
 
 from tlcli.cli.options import command
 from tlcli.cli.output import Output
-from tlcli.config import ReportConfig
+from tlcli.config.commands import ReportConfig
 
 
 @command(ReportConfig, examples=("tlcli report runs/pets", "tlcli report runs/pets --worst 60 -o pets.html"))
 def report(out: Output, config: ReportConfig) -> None:
     """Write one self-contained HTML page about a run: curves, confusion, calibration, mistakes."""
-    from tlcli import report as library
+    from tlcli.commands import report as library
 
     written = library.report(config)
     path = str(written.report_path)

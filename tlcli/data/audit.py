@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tlcli.data.decode import BadImage, DecodeError, ImageFacts, decode, inspect, read_bytes
-from tlcli.data.scan import Dataset, Sample
+from tlcli.data.dataset import Dataset, Sample
+from tlcli.data.decode import decode, inspect
+from tlcli.data.image_files import BadImage, DecodeError, ImageFacts, read_bytes
 from tlcli.data.split import Fingerprint, digest, map_threads
 from tlcli.errors import DataError
 from tlcli.progress import Progress

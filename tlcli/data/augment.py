@@ -39,19 +39,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from tlcli.config.backbone import Preprocess
+from tlcli.config.data import Augment, AugmentOptions
 from tlcli.data import color_ops
 from tlcli.data.color_ops import MAX_MAGNITUDE, OPERATIONS, RANDAUGMENT, TRIVIALAUGMENT, Operation
-from tlcli.data.resampling import (
-    WARP_KNOTS,
-    Window,
-    cut_and_resize,
-    evaluation_window,
-    look_up,
-    warp_shifts,
-)
+from tlcli.data.resampling import WARP_KNOTS, Window, cut_and_resize, evaluation_window, look_up, warp_shifts
 from tlcli.data.transforms import EvalTransform
 from tlcli.errors import UsageError
-from tlcli.option_groups import Augment, AugmentOptions, Preprocess
 
 VERSION = 1
 MANY_IMAGES = 100_000

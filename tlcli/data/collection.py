@@ -7,9 +7,13 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tlcli.data.scan import Dataset, Sample, scan
+import torch
+from torch import Tensor
+
+from tlcli.config.data import DataOptions
+from tlcli.data.dataset import Dataset, Sample
+from tlcli.data.scan import scan
 from tlcli.data.split import Fingerprint, assign_splits, fingerprint, limit_per_class
-from tlcli.option_groups import DataOptions
 from tlcli.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -115,3 +119,20 @@ def _warn_of_copies(
     ):
         if count := sum(len(value) > 1 for value in values):
             logger.warning("%s (%d such; `tlcli data check` names them)", what, count)
+
+
+def labels_of(collection: Collection) -> Tensor:
+    """Return the labels of a collection, int64 [N]."""
+    return torch.tensor([sample.label for sample in collection.samples], dtype=torch.int64)
+
+
+def groups_of(part: Collection) -> Tensor:
+    """Return a number a sample: equal for copies of an image and for images of one group."""
+    numbers: dict[str, int] = {}
+    keys = [found.sha256 or "" for found in part.fingerprints]
+    return torch.tensor(
+        [
+            numbers.setdefault(f"group {sample.group}" if sample.group else key, len(numbers))
+            for sample, key in zip(part.samples, keys, strict=True)
+        ]
+    )

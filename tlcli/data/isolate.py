@@ -20,8 +20,8 @@ from multiprocessing.connection import Connection
 import torch
 
 from tlcli.data.audit import Examined, examine_one
-from tlcli.data.decode import DecodeError, read_bytes
-from tlcli.data.scan import Sample
+from tlcli.data.dataset import Sample
+from tlcli.data.image_files import DecodeError, read_bytes
 from tlcli.data.split import Fingerprint, digest, map_threads
 from tlcli.errors import ResourceError
 from tlcli.progress import Progress

@@ -11,12 +11,15 @@ import difflib
 import io
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from tlcli.config.data import DataOptions
+from tlcli.data.dataset import SPLIT_NAMES, Dataset, Found, is_inside, make_dataset, own_classes
 from tlcli.errors import DataError, StorageError, UsageError
-from tlcli.option_groups import DataOptions
 
 DELIMITERS: Mapping[str, str] = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 MAX_RECORD_CHARACTERS = 2**20  # a record is one line, or several where a quoted cell holds line breaks
@@ -48,7 +51,7 @@ class Row:
     group: str
 
 
-class Problems:
+class Complaints:
     """Collects what is wrong with a file, to say up to MAX_PROBLEMS of it at once."""
 
     def __init__(self, source: str) -> None:
@@ -77,7 +80,7 @@ class Problems:
         )
 
 
-def read_rows(path: str, options: DataOptions) -> list[Row]:
+def read_listing(path: str, options: DataOptions) -> list[Row]:
     """Return the rows of a CSV or TSV file, blank lines left out.
 
     Args:
@@ -123,7 +126,7 @@ def _is_formula(text: str) -> bool:
     return False
 
 
-def check_output(path: str, *, overwrite: bool) -> None:
+def check_listing_path(path: str, *, overwrite: bool) -> None:
     """Refuse a CSV or TSV file that must not be written, before the work that it would hold.
 
     Raises:
@@ -137,7 +140,7 @@ def check_output(path: str, *, overwrite: bool) -> None:
         raise UsageError(f"Output {path!r} exists.", hint="Choose another name, or add --overwrite.")
 
 
-def write_rows(path: str, rows: Sequence[Row], *, overwrite: bool) -> None:
+def write_listing(path: str, rows: Sequence[Row], *, overwrite: bool) -> None:
     """Write rows as CSV or TSV that `read_rows` gives back, durably and all at once.
 
     Args:
@@ -150,7 +153,7 @@ def write_rows(path: str, rows: Sequence[Row], *, overwrite: bool) -> None:
         DataError: A label is not UTF-8 text.
         StorageError: The file cannot be written.
     """
-    check_output(path, overwrite=overwrite)
+    check_listing_path(path, overwrite=overwrite)
     for row in rows:
         if not_utf8(row.label):
             raise DataError(f"Label {row.label!r} is not UTF-8 text, so that no CSV file can hold it.")
@@ -225,7 +228,7 @@ def _parse(path: str, stream: io.TextIOWrapper, options: DataOptions) -> list[Ro
     delimiter = DELIMITERS.get(os.path.splitext(path)[1].lower(), ",")
     lines = _Lines(path, stream)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    problems = Problems(path)
+    problems = Complaints(path)
     rows: list[Row] = []
     header: list[str] | None = None
     columns: list[int | None] = []
@@ -293,3 +296,131 @@ def _column(path: str, header: list[str], delimiter: str, field: str, name: str)
         message,
         hint=f"Name the column with {flag} {near[0]!r}." if near else f"{_FORMAT_HINT} {flag} names it.",
     )
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
+
+
+# ---- CSV --------------------------------------------------------------------------------------------------
+
+
+def scan_listing(path: str, options: DataOptions, class_names: Sequence[str] | None) -> Dataset:
+    """Return the data set that a CSV or TSV file lists.
+
+    Args:
+        path: The file, absolute.
+        options: As given.
+        class_names: Classes of a finished run, or None.
+
+    Raises:
+        DataError: The file names no images, one class, or contradicts itself.
+        StorageError: The file cannot be read.
+    """
+    rows = read_listing(path, options)
+    root = os.path.dirname(path)
+    problems = Complaints(path)
+    inside = _Containment(root, options.allow_outside_root)
+    found: dict[str, tuple[Row, Found]] = {}
+    ignored: Counter[str] = Counter()
+    for row in rows:
+        complaint = _row_complaint(row) or inside.complaint(row.filename)
+        if complaint:
+            problems.add(row.line, complaint)
+            continue
+        name = _existing_form(root, os.path.normpath(row.filename))
+        split = SPLIT_NAMES[row.split.strip().lower()] if row.split.strip() else None
+        item = Found(os.path.join(root, name), name, row.label, split, row.group or None)
+        before = found.setdefault(item.path, (row, item))
+        if before[1] is item:
+            continue
+        if before[1] == item:
+            ignored["repeated rows"] += 1
+        else:
+            problems.add(row.line, _contradiction(before[0], before[1], item))
+    problems.check(_csv_hint(problems))
+    if not found:
+        raise DataError(f"{path!r} lists no images.", hint="Expected a line an image below the header.")
+    items = [item for _, item in found.values()]
+    if not any(os.path.lexists(item.path) for item in items):
+        raise DataError(
+            f"None of the {len(items)} files that {path!r} lists is there, for example {items[0].path!r}.",
+            hint="Paths are relative to the folder of the CSV file.",
+        )
+    warnings = [f"Ignored {ignored['repeated rows']} repeated rows of {path!r}."] if ignored else []
+    names = own_classes(options, items, class_names, "Expected two or more different labels.")
+    return make_dataset(Path(root), "csv", names, items, (ignored, warnings))
+
+
+def _row_complaint(row: Row) -> str | None:
+    if not row.filename.strip():
+        return "no filename"
+    if not row.label.strip():
+        return f"no label for {row.filename!r}"
+    if _URL.match(row.filename):
+        return f"{row.filename!r} is a URL; tlcli reads files of this machine only"
+    if not_utf8(row.label):
+        return f"label {row.label!r} is not UTF-8 text"
+    if row.split.strip() and row.split.strip().lower() not in SPLIT_NAMES:
+        return f"split {row.split!r}, expected {', '.join(SPLIT_NAMES)} or nothing"
+    return None
+
+
+def _contradiction(row: Row, before: Found, now: Found) -> str:
+    if before.label != now.label:
+        return (
+            f"{now.name!r} has label {now.label!r}, on line {row.line} {before.label!r} "
+            "(one class an image; several are out of scope)"
+        )
+    if before.split != now.split:
+        return (
+            f"{now.name!r} is in split {now.split or 'blank'}, on line {row.line} {before.split or 'blank'}"
+        )
+    return f"{now.name!r} has group {now.group!r}, on line {row.line} {before.group!r}"
+
+
+def _csv_hint(problems: Complaints) -> str | None:
+    text = " ".join(problems.lines)
+    if "outside the folder" in text:
+        return "--allow-outside-root lets a CSV file name files anywhere on this machine."
+    if "is not UTF-8" in text:
+        return "Convert the file: iconv -f WINDOWS-1252 -t UTF-8 OLD.csv > NEW.csv"
+    return None
+
+
+class _Containment:
+    """Tells whether a listed file lies below the root, links resolved; each folder is resolved once."""
+
+    def __init__(self, root: str, allow_outside_root: bool) -> None:
+        self.root = root
+        self.real_root = os.path.realpath(root)
+        self.allow_outside_root = allow_outside_root
+        self._real_folders: dict[str, str] = {}
+
+    def complaint(self, filename: str) -> str | None:
+        """Return why `filename` must not be read, or None."""
+        if self.allow_outside_root:
+            return None
+        normal = os.path.normpath(filename)
+        path = os.path.join(self.root, normal)
+        folder = os.path.dirname(path)
+        if folder not in self._real_folders:
+            self._real_folders[folder] = os.path.realpath(folder)
+        real = os.path.join(self._real_folders[folder], os.path.basename(path))
+        if os.path.islink(path):
+            real = os.path.realpath(path)
+        above = normal.split("/")[0] == ".."
+        # An absolute path is refused even below the root: such a list breaks when the folder is moved.
+        if os.path.isabs(filename) or above or not is_inside(real, self.real_root):
+            return f"{filename!r} lies outside the folder of the CSV file"
+        return None
+
+
+def _existing_form(root: str, name: str) -> str:
+    """Return `name` in the Unicode form in which the file exists; systems write accents differently."""
+    if name.isascii() or os.path.lexists(os.path.join(root, name)):
+        return name
+    for form in ("NFC", "NFD"):
+        other = unicodedata.normalize(form, name)
+        if os.path.lexists(os.path.join(root, other)):
+            return other
+    return name

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tlcli.config import DataPreviewConfig
+from tlcli.config.backbone import Preprocess
+from tlcli.config.commands import DataPreviewConfig
 from tlcli.data.augment import Augmenter, AugmentPolicy, resolve_policy
 from tlcli.data.collection import Collection, collect
-from tlcli.data.decode import BadImage, DecodeError, decode, read_bytes
-from tlcli.data.scan import Sample
+from tlcli.data.dataset import Sample
+from tlcli.data.decode import decode
+from tlcli.data.image_files import BadImage, DecodeError, read_bytes
 from tlcli.data.split import digest, map_threads
 from tlcli.errors import DataError, StorageError, UsageError
-from tlcli.option_groups import Preprocess
 from tlcli.progress import Progress
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Preview:
     bad_images: list[BadImage]
 
 
-def check_output(config: DataPreviewConfig) -> None:
+def check_picture_path(config: DataPreviewConfig) -> None:
     """Refuse a picture that must not or cannot be written, before any work.
 
     Raises:

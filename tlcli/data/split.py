@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tlcli.data.decode import DecodeError, read_bytes
+from tlcli.data.dataset import Dataset, Sample
+from tlcli.data.image_files import DecodeError, read_bytes
 from tlcli.data.listing import Row, spreadsheet_cell
-from tlcli.data.scan import Dataset, Sample
 from tlcli.progress import Progress
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from tlcli.option_groups import Interpolation, Preprocess
+from tlcli.config.backbone import Interpolation, Preprocess
 
 VERSION = 1
 # Above this ratio of the sides only the middle of the image is resized. Otherwise an image of 20000x1 pixels,

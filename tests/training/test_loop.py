@@ -1,0 +1,330 @@
+"""The loop: resumed equals uninterrupted, whatever is switched on; and what it says is what happened."""
+
+import itertools
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from tlcli.config.commands import FinetuneConfig
+from tlcli.errors import Interrupted, UsageError
+from tlcli.progress import Silent
+from tlcli.training import loop
+from tlcli.training.checkpoints import Checkpoints
+from tlcli.training.inputs import PLAIN
+from tlcli.training.loop import Samples, Setting, network_logits, train
+from tlcli.training.network import Network
+from tlcli.training.recipe import resolve
+
+COUNT, WIDTH, CLASSES = 44, 6, 3
+
+
+class Points:
+    """Points around a centre a class, moved a little in every epoch."""
+
+    def __init__(self, seed=0, count=COUNT, on_load=lambda: None):
+        draw = torch.Generator().manual_seed(seed)
+        self.labels = torch.arange(count) % CLASSES
+        centres = 2 * torch.eye(CLASSES, WIDTH)
+        self.points = centres[self.labels] + torch.randn(count, WIDTH, generator=draw)
+        self.on_load = on_load
+        self.loads = 0
+
+    def __len__(self):
+        return len(self.labels)
+
+    def load(self, indices, epoch, turn):
+        self.loads += 1
+        self.on_load()
+        values = self.points[list(indices)].clone()
+        return values if epoch == PLAIN else values + 0.01 * epoch
+
+    def finish(self, loaded):
+        return loaded.view(len(loaded), WIDTH, 1, 1)
+
+    def samples(self):
+        return Samples(self, self.labels)
+
+
+def network(seed=0, dropout=0.2):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        suffix = nn.Sequential(
+            nn.Conv2d(WIDTH, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1), nn.Flatten()
+        )
+        return Network(suffix, nn.Linear(8, CLASSES), dropout=dropout)
+
+
+def recipe(**options):
+    fixed = {"scenario": "full", "epochs": 3, "batch_size": 8, "norm": "train", "lr": "0.02"}
+    return resolve(FinetuneConfig(**{**fixed, **options}), num_train=COUNT, has_batch_norm=True)
+
+
+def setting(folder=None, **options):
+    checkpoints = Checkpoints(folder) if folder else None
+    fixed = {"device": torch.device("cpu"), "workers": 2, "checkpoints": checkpoints,
+             "unit_of": {"0.weight": 1, "0.bias": 1}, "num_units": 2}  # fmt: skip
+    return Setting(**{**fixed, **options})
+
+
+def state_of(net):
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def run(options, folder=None, net=None, points=None, **setting_options):
+    net = net or network()
+    points = points or Points()
+    trained = train(net, options, points.samples(), Points(1).samples(), setting(folder, **setting_options))
+    return net, trained
+
+
+def without_seconds(history):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
+
+
+# ---- what it does ----------------------------------------------------------------------------------------
+
+
+def test_it_learns_and_says_how():
+    histories = []
+    net, trained = run(recipe(epochs=12), on_epoch=lambda rows: histories.append(len(rows)))
+    first, last = trained.history[0], trained.history[-1]
+    assert last["train_loss"] < first["train_loss"]
+    assert last["val_accuracy"] > 0.7
+    assert histories == list(range(1, 13))
+    assert trained.steps == 12 * (COUNT // 8) == last["step"]
+    assert trained.best_epoch is None
+    assert not net.training
+    logits = network_logits(net, Points(1), workers=2)
+    found = nn.functional.cross_entropy(logits, Points(1).labels)
+    assert float(found) == pytest.approx(last["val_log_loss"], rel=1e-5)
+
+
+def test_a_network_that_was_trained_before_trains_as_a_new_one_does_with_amp_too():
+    net, _ = run(recipe(), amp="bf16")
+    net.load_state_dict(network().state_dict())
+    _, again = run(recipe(), net=net, amp="bf16")
+    _, fresh = run(recipe(), amp="bf16")
+    assert without_seconds(again.history) == without_seconds(fresh.history)
+    net.eval()
+    assert net(torch.ones(1, WIDTH, 1, 1)).dtype == torch.float32  # and nothing of AMP is left behind
+
+
+def test_a_seed_is_a_result_and_threads_are_not():
+    nets = [run(recipe(seed=seed), workers=workers)[0] for seed, workers in ((1, 1), (1, 3), (2, 1))]
+    assert same(state_of(nets[0]), state_of(nets[1]))
+    assert not same(state_of(nets[0]), state_of(nets[2]))
+
+
+def test_the_global_random_state_does_not_matter():
+    torch.manual_seed(1)
+    one = state_of(run(recipe())[0])
+    torch.manual_seed(2)
+    assert same(one, state_of(run(recipe())[0]))
+
+
+def test_accumulated_passes_are_one_batch_where_nothing_looks_at_the_batch():
+    states = []
+    for passes in (1, 2, 4):
+        net = network(dropout=0.0)
+        net.suffix[3].p = 0.0
+        states.append(state_of(run(recipe(norm="frozen", grad_accum=passes, opt="sgd"), net=net)[0]))
+    for other in states[1:]:
+        for name, value in states[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_norm_keeps_statistics_and_a_probed_head_keeps_them_for_an_epoch():
+    before = network().suffix[1].running_mean.clone()
+    assert torch.equal(run(recipe(norm="frozen"))[0].suffix[1].running_mean, before)
+    one_epoch = run(recipe(epochs=1, head_init="probe"))[0]
+    assert torch.equal(one_epoch.suffix[1].running_mean, before)
+    two = run(recipe(epochs=2, head_init="probe"))[0]
+    assert not torch.equal(two.suffix[1].running_mean, before)
+    assert not torch.equal(run(recipe(epochs=1, head_init="random"))[0].suffix[1].running_mean, before)
+
+
+def test_frozen_parameters_do_not_move():
+    net = network()
+    net.suffix[0].requires_grad_(False)
+    before = net.suffix[0].weight.clone()
+    run(recipe(weight_decay=0.5, l1=0.1, l2="0.1", max_norm=0.1), net=net)
+    assert torch.equal(net.suffix[0].weight, before)
+
+
+def test_l1_gives_real_zeros():
+    net, _ = run(recipe(l1=1.0, epochs=5))
+    assert int((net.suffix[0].weight == 0).sum()) > 10
+
+
+def test_clipping_bounds_a_step():
+    net = network()
+    before = state_of(net)
+    run(recipe(epochs=1, opt="momentum", lr="1", clip_grad=1e-6, weight_decay=0.0), net=net)
+    moved = (net.head.weight.detach() - before["head.weight"]).abs().max()
+    assert 0 < float(moved) < 1e-4
+    run(recipe(epochs=1, clip_grad=1e-6, clip_mode="value"))
+
+
+def test_balanced_sampling_and_weights_raise_the_rare_class():
+    points = Points()
+    points.labels = torch.tensor([0] * (COUNT - 4) + [1] * 2 + [2] * 2)
+    plain, sampled, weighted = (
+        network_logits(run(recipe(epochs=6, **options), points=points)[0], points, workers=1)
+        .softmax(1)[:, 0]
+        .mean()
+        for options in ({}, {"sampling": "balanced"}, {"class_weights": "balanced"})
+    )
+    assert float(sampled) < float(plain)
+    assert float(weighted) < float(plain)
+
+
+def test_every_sample_is_seen_at_most_once_an_epoch_and_in_another_order_in_the_next():
+    seen = []
+
+    class Watched(Points):
+        def load(self, indices, epoch, turn):
+            seen.append((epoch, tuple(indices)))
+            return super().load(indices, epoch, turn)
+
+    run(recipe(epochs=2), points=Watched())
+    epochs = [
+        list(itertools.chain.from_iterable(part for number, part in sorted(seen) if number == epoch))
+        for epoch in (0, 1)
+    ]
+    assert all(len(set(order)) == len(order) == 40 for order in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_early_stopping_keeps_the_best_weights():
+    options = recipe(epochs=30, patience=2, lr="0.5", sched="constant", opt="sgd", label_smoothing=0.0)
+    net, trained = run(options)
+    losses = [row["val_log_loss"] for row in trained.history]
+    assert trained.best_epoch == losses.index(min(losses)) + 1
+    assert len(losses) == trained.best_epoch + 2 or len(losses) == 30
+    logits = network_logits(net, Points(1), workers=1)
+    assert float(nn.functional.cross_entropy(logits, Points(1).labels)) == pytest.approx(
+        min(losses), rel=1e-5
+    )
+
+
+def test_the_average_is_what_is_measured_and_kept():
+    net, trained = run(recipe(ema=0.9))
+    other, _ = run(recipe())
+    assert not same(state_of(net), state_of(other))
+    logits = network_logits(net, Points(1), workers=1)
+    loss = float(nn.functional.cross_entropy(logits, Points(1).labels))
+    assert loss == pytest.approx(trained.history[-1]["val_log_loss"], rel=1e-5)
+
+
+def test_a_range_test_finds_a_rate_that_learns_and_leaves_no_trace():
+    options = recipe(lr="auto", epochs=8)
+    net, trained = run(options)
+    assert 1e-5 < trained.lr < 1
+    assert trained.history[-1]["val_accuracy"] > 0.7
+    again, _ = run(recipe(lr=repr(trained.lr), epochs=8))
+    assert same(state_of(net), state_of(again))
+
+
+def test_a_diverging_training_says_so():
+    with pytest.raises(UsageError, match="diverged") as caught:
+        run(recipe(lr="9", opt="momentum", momentum=0.999, l2="9", epochs=90, sched="constant"))
+    assert "--lr" in caught.value.hint
+
+
+@pytest.mark.parametrize("steps", [3, 16])
+def test_how_often_losses_are_read_changes_nothing(monkeypatch, tmp_path, steps):
+    diverging = recipe(lr="9", opt="momentum", momentum=0.999, l2="9", epochs=90, sched="constant")
+    found = []
+    for every in (1, steps):
+        monkeypatch.setitem(loop.READ_STEPS, "cpu", every)
+        net, trained = run(recipe(lr="auto"), tmp_path / str(every), checkpoint_seconds=0)
+        with pytest.raises(UsageError) as caught:
+            run(diverging)
+        found.append((state_of(net), without_seconds(trained.history), trained.lr, caught.value.message))
+    assert same(found[0][0], found[1][0])
+    assert found[0][1:] == found[1][1:]
+
+
+def test_mixed_precision_learns_as_well():
+    _, trained = run(recipe(epochs=12), amp="bf16")
+    assert trained.history[-1]["val_accuracy"] > 0.7
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 9])
+def test_data_smaller_than_a_batch_is_one_batch(count):
+    points = Points(count=count)
+    options = recipe(norm="frozen", class_weights="balanced")
+    trained = train(network(), options, points.samples(), None, setting())
+    assert trained.steps == 3
+    assert "val_accuracy" not in trained.history[0]
+
+
+# ---- resuming --------------------------------------------------------------------------------------------
+
+EVERYTHING = {
+    "ema": 0.9, "mixup": 0.4, "label_smoothing": 0.1, "patience": 5, "sched": "plateau", "l2_sp": 0.1,
+    "clip_grad": 1.0, "sampling": "balanced", "grad_accum": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"opt": "sgd", "sched": "one-cycle"}, {"lr": "auto"}, EVERYTHING])
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 7, 14])
+def test_resumed_equals_uninterrupted(tmp_path, options, stop_at):
+    options = recipe(**options)
+    expected, whole = run(options, checkpoint_seconds=1e9, folder=tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    class Dying(Silent):
+        steps = 0
+
+        def describe(self, text):
+            self.steps += 1
+            if self.steps == stop_at + 1:  # as by SIGKILL: nothing is saved any more
+                raise Killed
+
+    with pytest.raises(Killed):
+        run(options, tmp_path / "run", checkpoint_seconds=0.0, progress=Dying())
+    assert Checkpoints(tmp_path / "run").newest().step == stop_at
+    # All weights come from the checkpoint, but for those that L2-SP pulls towards.
+    net, resumed = run(options, tmp_path / "run", net=network(seed=0 if options.l2_sp else 5), workers=3)
+    assert same(state_of(net), state_of(expected))
+    assert without_seconds(resumed.history) == without_seconds(whole.history)
+    assert resumed.lr == whole.lr
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    run(recipe(epochs=1), tmp_path, checkpoint_seconds=0.0)
+    with pytest.raises(UsageError, match="weight_decay"):
+        run(recipe(epochs=1, weight_decay=0.4), tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_state_and_ends_with_its_code(tmp_path, number):
+    assert threading.current_thread() is threading.main_thread()
+
+    class Signalling(Silent):
+        steps = 0
+
+        def advance(self, amount=1):
+            self.steps += 1
+            if self.steps == 4:  # the first call reports what a checkpoint has done
+                os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted) as caught:
+        run(recipe(), tmp_path, progress=Signalling())
+    assert caught.value.exit_code == 128 + number
+    assert signal.getsignal(number) is before
+    assert Checkpoints(tmp_path).newest().step == 3
+    net, _ = run(recipe(), tmp_path)
+    assert same(state_of(net), state_of(run(recipe())[0]))

@@ -1,0 +1,1 @@
+"""Which scenario fits a data set, and why."""

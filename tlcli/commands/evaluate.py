@@ -1,0 +1,154 @@
+"""Measure a run on a split: accuracy with its interval, per class, calibration, and the worst mistakes."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tlcli.config.backbone import CacheMode
+from tlcli.config.commands import EvaluateConfig
+from tlcli.config.data import DataOptions
+from tlcli.config.fields import from_options
+from tlcli.data.collection import Collection, collect
+from tlcli.errors import DataError, StorageError, UsageError
+from tlcli.features.extractor import Extractor
+from tlcli.features.outcome import Outcome
+from tlcli.features.plan import FeaturePlan, compute_features, plan_features, read_rows
+from tlcli.heads.head import Head
+from tlcli.machine import paths
+from tlcli.metrics.evaluation import STORED_MISTAKES, Evaluation, measure
+from tlcli.progress import Progress
+from tlcli.runs.results import write_evaluation
+from tlcli.runs.run import Run, open_run
+from tlcli.wording import parse_size
+
+logger = logging.getLogger(__name__)
+
+
+def plan_evaluate(config: EvaluateConfig, progress: Progress) -> tuple[Run, FeaturePlan]:
+    """Return the run and what computing the features of the split will take.
+
+    Raises:
+        UsageError: No run was named, or a gate is asked of a split the run was trained on.
+        DataError: The run or its data cannot be used, or the split is empty.
+        StorageError: The rows would not fit.
+    """
+    run = open_run(config.run)
+    config = _own_data_unnamed(config, run)
+    if config.split in run.facts["trained_on"] and config.data is None and config.min_accuracy is not None:
+        raise UsageError(
+            f"The run was trained on {config.split} as well; a gate on it would measure nothing.",
+            hint="Use --split test, other DATA, or a run without --refit.",
+        )
+    if config.data is None:
+        if config.split in run.facts["trained_on"]:
+            logger.warning(
+                "the run was trained on %s: this shows what it remembers, not how good it is", config.split
+            )
+        elif config.split == _selected_on(run):
+            logger.warning(
+                "the run's epoch was chosen on %s, so its accuracy there flatters it a little", config.split
+            )
+    workers = config.workers or paths.default_workers()
+    collection = _split_of(config, run, workers, progress)
+    dtype = run.facts["dtype"]["name"] if config.dtype == "auto" else config.dtype
+    # A tuned network's features serve this run alone: they are kept only when asked, and as plain vectors.
+    tuned = run.facts.get("scenario", "feature-extraction") != "feature-extraction"
+    stored_as = "auto" if tuned else run.facts["options"].get("cache-dtype", "auto")
+    cache: CacheMode = "never" if tuned and config.cache == "auto" else config.cache
+    extractor = Extractor(run.backbone(), device=config.device, dtype=dtype, cache_dtype=stored_as)
+    return run, plan_features(
+        collection, extractor, cache=cache, workers=workers, max_bad=config.max_bad,
+        max_bytes=parse_size(config.cache_max_size),
+    )  # fmt: skip
+
+
+def _selected_on(run: Run) -> str | None:
+    """Return the split that chose the epoch of a trained run, or None."""
+    found: str | None = (run.facts.get("training") or {}).get("selected_on")
+    return found
+
+
+def _own_data_unnamed(config: EvaluateConfig, run: Run) -> EvaluateConfig:
+    """Return `config` without DATA where that is the run's own: measured whole it would include train."""
+    own = Path(run.facts["data"]["path"])
+    given = Path(config.data or "").expanduser()
+    if config.data is not None and given.exists() and own.exists() and given.samefile(own):
+        return dataclasses.replace(config, data=None)
+    return config
+
+
+def _split_of(config: EvaluateConfig, run: Run, workers: int, progress: Progress) -> Collection:
+    stored = json.loads(json.dumps(run.facts["options"]))
+    options = from_options(DataOptions, stored)
+    options = dataclasses.replace(
+        options,
+        data=config.data or run.facts["data"]["path"],
+        limit_per_class=None,
+        max_bad=config.max_bad,
+        allow_outside_root=config.allow_outside_root or options.allow_outside_root,
+    )
+    try:
+        collection = collect(options, workers, progress, class_names=run.class_names)
+    except DataError as error:
+        if config.data is None:
+            error.hint = (
+                f"The run was trained on {options.data}; give DATA if it has moved. {error.hint or ''}"
+            )
+        raise
+    whole = config.data is not None and not collection.named_splits
+    kept = [i for i, split in enumerate(collection.splits) if whole or split == config.split]
+    if not kept:
+        counts = ", ".join(f"{count} {name}" for name, count in collection.num_images().items())
+        raise DataError(
+            f"{options.data!r} has no {config.split} images (it has {counts}).",
+            hint="Choose another --split, or give DATA that has this one.",
+        )
+    return collection.select(kept)
+
+
+def evaluate(
+    run: Run, plan: FeaturePlan, config: EvaluateConfig, progress: Progress
+) -> tuple[Evaluation, Outcome]:
+    """Measure the split of a plan; with the run's own data the result is also stored in the run.
+
+    Raises:
+        DataError: Too many images cannot be used.
+    """
+    config = _own_data_unnamed(config, run)
+    features = compute_features(plan, progress, to_train=False)
+    collection = features.usable(plan.collection)
+    logits = head_logits(plan, collection, run.head())
+    evaluation = measure(
+        logits,
+        collection,
+        run.class_names,
+        split=config.split,
+        majority_class=run.facts["data"]["majority_class"],
+        worst=max(config.worst, STORED_MISTAKES),
+    )
+    chosen_here = config.data is None and config.split == _selected_on(run)
+    in_training = config.split in run.facts["trained_on"]
+    evaluation.document["selected_on"] = "train" if in_training else config.split if chosen_here else None
+    evaluation.document["num_skipped"] = len(features.bad_images)
+    if config.data is None:
+        try:
+            write_evaluation(run.path, config.split, evaluation)
+        except StorageError:  # a read-only run can be measured all the same
+            evaluation.document["stored"] = False
+    return evaluation, features
+
+
+def head_logits(plan: FeaturePlan, collection: Collection, head: Head) -> np.ndarray[Any, Any]:
+    """Return the fp32 logits [n, C] of usable images of a plan.
+
+    Raises:
+        StorageError: Rows vanish from the cache again and again.
+    """
+    rows = read_rows(plan, collection)
+    with torch.inference_mode():
+        return head.logits(rows.float()).numpy()

@@ -1,0 +1,372 @@
+"""Data to run: features once, then the head or the network, then a run directory.
+
+    collect -> plan -> compute features -> fit the head -> RunDirectory
+                                        or train the network
+
+Scenario feature-extraction freezes the whole backbone and trains a head on its features; freeze, full and
+scratch train units of the backbone too.
+"""
+
+import dataclasses
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tlcli.advice.literature import scratch_warning
+from tlcli.backbones.zoo import load_backbone
+from tlcli.commands.evaluate import head_logits
+from tlcli.config.commands import FinetuneConfig
+from tlcli.config.fields import to_options
+from tlcli.data.collection import Collection, collect, groups_of, labels_of
+from tlcli.errors import UsageError
+from tlcli.features.extractor import Extractor
+from tlcli.features.outcome import Outcome
+from tlcli.features.plan import (
+    FeaturePlan,
+    check_images,
+    compute_features,
+    make_extractor,
+    plan_features,
+    read_rows,
+)
+from tlcli.heads.fit import FittedHead, fit_head
+from tlcli.machine import paths, processes
+from tlcli.metrics.evaluation import STORED_MISTAKES, Evaluation, headline, measure
+from tlcli.metrics.intervals import wilson_interval
+from tlcli.progress import Progress
+from tlcli.runs.card import model_card
+from tlcli.runs.directory import RunDirectory, check_run_dir, default_run_dir, run_to_continue
+from tlcli.runs.model_files import save_model, versions
+from tlcli.runs.results import write_evaluation
+from tlcli.training import plan as tuning
+from tlcli.training.backbone import TrainedBackbone, train_backbone
+from tlcli.training.checkpoints import Checkpoints
+from tlcli.training.plan import TrainingPlan
+from tlcli.wording import parse_size
+
+
+@dataclass(frozen=True)
+class FinetunePlan:
+    """What `finetune` will do.
+
+    Attributes:
+        config: With paths made absolute.
+        collection: The images of train and val.
+        extractor: The prefix, or the whole backbone where nothing is frozen.
+        features: What computing the features takes; None where images are trained on directly.
+        tuning: How the backbone's units are trained; None in scenario feature-extraction.
+        run_dir: The run directory to write.
+        started: time.perf_counter() when planning began.
+    """
+
+    config: FinetuneConfig
+    collection: Collection
+    extractor: Extractor
+    features: FeaturePlan | None
+    tuning: TrainingPlan | None
+    run_dir: Path
+    started: float
+
+    @property
+    def scenario(self) -> str:
+        """Return the scenario."""
+        return self.config.resolved_scenario()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return what people should know beforehand."""
+        warning = (scratch_warning(),) if self.scenario == "scratch" else ()
+        return (*(self.tuning.notes if self.tuning else ()), *warning)
+
+    def facts(self) -> dict[str, str]:
+        """Return the plan for people."""
+        facts = {"scenario": self.scenario}
+        if self.features is not None:
+            facts |= self.features.facts()
+        else:
+            counts = ", ".join(f"{n:,} {name}" for name, n in self.collection.num_images().items() if n)
+            facts["images"] = f"{counts} in {len(self.collection.dataset.class_names)} classes"
+            facts["backbone"] = self.extractor.backbone.name
+            facts["computes on"] = f"{self.extractor.device} ({self.extractor.device_choice.reason})"
+        if self.tuning is not None:
+            facts |= self.tuning.facts()
+        else:
+            hidden = self.config.hidden_sizes()
+            head = f"mlp {' x '.join(map(str, hidden))}" if hidden else "linear, 48 in one job"
+            facts["heads"] = f"{head}, chosen by {self.config.folds}-fold cross-validation inside train"
+        return {**facts, "run": str(self.run_dir)}
+
+    def document(self) -> dict[str, Any]:
+        """Return the plan for machines."""
+        features = self.features.document() if self.features else {}
+        tuned = self.tuning.document() if self.tuning else {}
+        return {"scenario": self.scenario, "run_path": str(self.run_dir),
+                "num_images": self.collection.num_images(), **features, **tuned}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        run_path: Its directory.
+        document: The result for --json.
+        evaluation: The measured val split; None with --refit, or when val is empty.
+        features: What became of the images.
+    """
+
+    run_path: Path
+    document: dict[str, Any]
+    evaluation: Evaluation | None
+    features: Outcome
+
+
+def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
+    """Return what `finetune` will do.
+
+    Raises:
+        UsageError: Options contradict each other, or the output exists.
+        DataError: The data cannot be used.
+        BackboneError: The backbone cannot be loaded.
+        StorageError: The features would not fit.
+    """
+    started = time.perf_counter()
+    scenario = config.resolved_scenario()
+    check_run_dir(config)
+    workers = config.workers or paths.default_workers()
+    collection = _without_test(collect(config, workers, progress))
+    config = _absolute(config)
+    plan = None
+    if scenario == "feature-extraction":
+        extractor = make_extractor(load_backbone(config), dataclasses.replace(config, freeze="all"))
+        features: FeaturePlan | None = plan_features(
+            collection, extractor, cache=config.cache, workers=workers, max_bad=config.max_bad,
+            max_bytes=parse_size(config.cache_max_size),
+        )  # fmt: skip
+    else:
+        plan = tuning.plan_training(config, collection, run_to_continue(config))
+        extractor, features = plan.extractor, plan.features
+    if config.output:
+        run_dir = Path(config.output)
+    else:
+        run_dir = default_run_dir(str(config.data), str(config.backbone), scenario)
+    run_dir = processes.from_main(run_dir)  # what is there already must be looked at before it is written
+    return FinetunePlan(config, collection, extractor, features, plan, run_dir, started)
+
+
+def _absolute(config: FinetuneConfig) -> FinetuneConfig:
+    """Return `config` with absolute paths, so that its config.yaml works from any folder."""
+    paths_of = {"data": config.data, "weights": config.weights}
+    changes = {key: str(Path(value).expanduser().absolute()) for key, value in paths_of.items() if value}
+    kind, colon, place = str(config.backbone).partition(":")
+    if colon and kind == "local-dir":
+        changes["backbone"] = f"local-dir:{Path(place).expanduser().absolute()}"
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+def _without_test(collection: Collection) -> Collection:
+    """Return train and val: test images are not touched before `evaluate --split test`."""
+    return collection.select([i for i, split in enumerate(collection.splits) if split != "test"])
+
+
+def finetune(plan: FinetunePlan, progress: Progress) -> Result:
+    """Train what a plan says and write the run.
+
+    Raises:
+        DataError: Too many images cannot be used, or a class lost all of its images.
+        StorageError: The cache or the run directory cannot be written.
+        Interrupted: A signal came while the backbone was trained; its state is saved.
+    """
+    config = plan.config
+    with RunDirectory(
+        plan.run_dir, config, _facts(plan), resume=config.resume, write=processes.is_main()
+    ) as writer:
+        features = _features(plan, progress)
+        collection = features.usable(plan.collection)
+        trained_on = ("train", "val") if config.refit else ("train",)
+        train = collection.select([i for i, split in enumerate(collection.splits) if split in trained_on])
+        val = collection.select([i for i, split in enumerate(collection.splits) if split not in trained_on])
+        started = time.perf_counter()
+        if plan.tuning is not None:
+            tuned = train_backbone(plan.tuning, config, train, val, writer, progress)
+            head, facts = tuned.head, _tuned_facts(plan, tuned)
+            logits = None if tuned.logits is None else tuned.logits.numpy()
+        else:
+            fitted = _fit(plan, train, progress)
+            head, facts = fitted.head, _fitted_facts(config, fitted, train)
+            logits = head_logits(_planned(plan), val, fitted.head) if val.samples else None
+            writer.write_lines("metrics.jsonl", _lines(fitted))
+        part = "head" if plan.tuning is None else "training"
+        seconds = {"features": features.seconds, part: time.perf_counter() - started}
+        evaluation = None
+        if logits is not None:
+            names = collection.dataset.class_names
+            evaluation = measure(
+                logits, val, names, split="val", majority_class=_majority_class(train), worst=STORED_MISTAKES
+            )
+            facts["metrics"] = {"val": headline(evaluation.document)}
+            if processes.is_main():
+                write_evaluation(plan.run_dir, "val", evaluation)
+        stored = save_model(writer, plan.extractor.backbone, head, collection.dataset.class_names)
+        seconds["total"] = time.perf_counter() - plan.started
+        facts["head"]["stored"] = stored
+        facts |= {
+            "data": {**_data_facts(plan, train), "bad": len(features.bad_images)},
+            "trained_on": list(trained_on),
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        }
+        writer.write_text("README.md", model_card({**writer.facts, **facts}))
+        writer.finish(facts)
+    if processes.is_main():
+        Checkpoints(plan.run_dir).clear()
+    return Result(plan.run_dir, _document(plan, {**_facts(plan), **facts}, features), evaluation, features)
+
+
+def _document(plan: FinetunePlan, facts: dict[str, Any], features: Outcome) -> dict[str, Any]:
+    """Return the result for --json."""
+    names = ("metrics", "head", "recipe", "training", "seconds")
+    return {
+        "run_path": str(plan.run_dir),
+        "scenario": plan.scenario,
+        **{name: facts[name] for name in names if name in facts},
+        "features": features.document(),
+        "num_images": plan.collection.num_images(),
+        "class_names": list(plan.collection.dataset.class_names),
+    }
+
+
+def _features(plan: FinetunePlan, progress: Progress) -> Outcome:
+    """Compute the rows of a plan; where there are none, look for images that cannot be used."""
+    bad_images_path = plan.run_dir / "bad_images.csv"
+    if plan.features is not None:
+        return compute_features(plan.features, progress, bad_images_path=bad_images_path)
+    return check_images(plan.collection, plan.config, progress, bad_images_path)
+
+
+def _planned(plan: FinetunePlan) -> FeaturePlan:
+    if plan.features is None:
+        raise UsageError("There are no features to train a head on.")
+    return plan.features
+
+
+def _fit(plan: FinetunePlan, train: Collection, progress: Progress) -> FittedHead:
+    # Copies of an image, and images of one group, must not be divided by a fold.
+    rows = read_rows(_planned(plan), train)
+    return fit_head(
+        rows.float(), labels_of(train), len(train.dataset.class_names), plan.config,
+        groups=groups_of(train), device=plan.extractor.device, progress=progress,
+    )  # fmt: skip
+
+
+def _facts(plan: FinetunePlan) -> dict[str, Any]:
+    """Return what is known before training, for run.json."""
+    extractor, backbone = plan.extractor, plan.extractor.backbone
+    facts = {
+        "versions": versions(),
+        "scenario": plan.scenario,
+        "backbone": {
+            "name": backbone.name,
+            "architecture": backbone.architecture,
+            "arguments": backbone.arguments,
+            "license": backbone.license,
+            "source": backbone.source,
+            "pretrained": backbone.pretrained,
+            "num_frozen_units": extractor.cut.num_frozen_units,
+        },
+        "preprocess": dataclasses.asdict(backbone.preprocess),
+        "class_names": list(plan.collection.dataset.class_names),
+        "data": _data_facts(plan, plan.collection),
+        "device": {"name": str(extractor.device), "reason": extractor.device_choice.reason},
+        "dtype": {"name": extractor.dtype_choice.name, "reason": extractor.dtype_choice.reason},
+        "cache_key": _cache_key(plan),
+        "options": to_options(plan.config),
+    }
+    if plan.tuning is not None:
+        facts["recipe"] = {
+            **plan.tuning.recipe.document(),
+            "augmentation": plan.tuning.policy.facts(),
+            "num_views": plan.tuning.num_views,
+            "amp": plan.tuning.amp,
+            "caching": None if plan.tuning.caching is None else plan.tuning.caching.document(),
+        }
+        if plan.scenario != "freeze":  # the network is trained and measured as it is, no prefix was prepared
+            facts["dtype"] = {"name": "fp32", "reason": "as it was trained"}
+    return facts
+
+
+def _cache_key(plan: FinetunePlan) -> str | None:
+    return plan.features.store.entry.key if plan.features and plan.features.store.entry else None
+
+
+def _data_facts(plan: FinetunePlan, train: Collection) -> dict[str, Any]:
+    collection = plan.collection
+    return {
+        "path": plan.config.data,
+        "kind": collection.dataset.kind,
+        "digest": collection.digest(),
+        "num_images": collection.num_images(),
+        "ignored": dict(collection.dataset.ignored),
+        "majority_class": _majority_class(train),
+    }
+
+
+def _majority_class(train: Collection) -> int:
+    """Return the most frequent class of train; the first of several."""
+    counts = Counter(
+        s.label for s, split in zip(train.samples, train.splits, strict=True) if split == "train"
+    )
+    return min(range(len(train.dataset.class_names)), key=lambda label: (-counts[label], label))
+
+
+def _fitted_facts(config: FinetuneConfig, fitted: FittedHead, train: Collection) -> dict[str, Any]:
+    """Return what a head on frozen features is; metrics are cross-validation's, until val is measured."""
+    kind = "mlp" if config.hidden_sizes() else "linear"
+    head = {
+        "kind": kind,
+        "chosen": fitted.chosen,
+        "cv": fitted.cv,
+        "refit": config.refit,
+        "selected_on": "train",
+    }
+    return {"head": head, "metrics": _cross_validation(fitted, train)}
+
+
+def _tuned_facts(plan: FinetunePlan, tuned: TrainedBackbone) -> dict[str, Any]:
+    """Return what a trained network is."""
+    assert plan.tuning is not None
+    recipe = plan.tuning.recipe
+    selected_on = "val" if recipe.select_on_val else None
+    training = {**tuned.document(), "selected_on": selected_on}
+    head = {
+        "kind": "mlp" if plan.config.hidden_sizes() else "linear",
+        "chosen": {"lr": tuned.trained.lr, "epochs": len(tuned.trained.history)},
+        "cv": None, "refit": False, "selected_on": selected_on,
+    }  # fmt: skip
+    return {"head": head, "training": training, "metrics": {"val": None}}
+
+
+def _cross_validation(fitted: FittedHead, train: Collection) -> dict[str, Any]:
+    """Return the cross-validation estimate, which counts where val was trained on too or is empty."""
+    cv = fitted.cv
+    if not cv.get("num_samples"):
+        return {"val": None}
+    total, accuracy = cv["num_samples"], cv["top1_accuracy"]
+    majority = _majority_class(train)
+    labels = [sample.label for sample in train.samples]
+    return {
+        "val": None,
+        "cross_validation": {
+            "top1_accuracy": accuracy,
+            "interval": wilson_interval(round(accuracy * total), total).as_dict(),
+            "num_images": total,
+            "majority_baseline": labels.count(majority) / len(labels),
+        },
+    }
+
+
+def _lines(fitted: FittedHead) -> list[dict[str, Any]]:
+    return [{"kind": "head", **row} for row in fitted.table] + [
+        {"kind": "epoch", **row} for row in fitted.curve
+    ]

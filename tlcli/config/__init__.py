@@ -1,0 +1,1 @@
+"""Every option: its default, range, help and check, written once."""

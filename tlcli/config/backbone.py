@@ -1,0 +1,103 @@
+"""Options of the backbone: which network, its images, how its features are computed and kept."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tlcli.config.fields import option
+
+Device = str
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+CacheMode = Literal["auto", "always", "never", "verify"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """The evaluation transform of a backbone, every value resolved; part of the cache key.
+
+    Attributes:
+        image_size: Height and width given to the network, in pixels.
+        crop_pct: Share of the resized image the centre crop keeps, in (0, 1].
+        crop_mode: "center" resizes the shorter side, then crops; "squash" resizes both sides; "border"
+            fits the longer side and pads with the mean.
+        interpolation: How the resize interpolates (always antialiased).
+        mean: Per-channel mean subtracted from values in [0, 1], in RGB order.
+        std: Per-channel divisor, in RGB order.
+    """
+
+    image_size: tuple[int, int]
+    crop_pct: float
+    crop_mode: Literal["center", "squash", "border"] = "center"
+    interpolation: Interpolation = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneOptions:
+    """Which pretrained network, and how images are prepared for it."""
+
+    backbone: str | None = option(
+        None,
+        "timm name (resnet50.a1_in1k), torchvision/NAME, classic/NAME, hf-hub:ORG/NAME, local-dir:PATH or "
+        "bundled.",
+        metavar="B",
+    )
+    weights: str | None = option(
+        None, "Weights for the named architecture: a .safetensors, .pth or .pt file.", metavar="FILE"
+    )
+    random_init: bool = option(False, "Leave the weights random (a baseline; no hub is asked).")
+    model_kwargs: str | None = option(
+        None,
+        "Arguments of the network: norm=every,activation=tanh for classic/lenet5, or what timm's own takes.",
+        metavar="KEY=VALUE,...",
+    )
+    image_size: int | None = option(
+        None,
+        "Side of the square image given to the backbone, in pixels; its own size unless given.",
+        minimum=8,
+        maximum=4096,
+    )
+    crop_pct: float | None = option(
+        None,
+        "Share of the resized image the centre crop keeps; the backbone's own unless given.",
+        minimum=0.1,
+        maximum=1.0,
+    )
+    interpolation: Interpolation | None = option(
+        None, "How images are resized; the backbone's own unless given."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureOptions:
+    """How features are computed and cached."""
+
+    freeze: str | None = option(
+        None, "Freeze units 1..K, `all` or `none`; see `tlcli backbones show`.", metavar="K|all|none"
+    )
+    dtype: Literal["auto", "fp32", "bf16"] = option(
+        "auto", "Compute type of the frozen prefix; auto is bf16 where the processor is fast at it."
+    )
+    cache_dtype: Literal["auto", "fp32", "bf16"] = option(
+        "auto", "Type of the stored rows; auto is fp32 for pooled vectors, bf16 for activation maps."
+    )
+    cache: CacheMode = option(
+        "auto", "Use the feature cache; never bypasses it, verify recomputes everything and compares."
+    )
+    cache_max_size: str = option(
+        "200GB",
+        "Refuse work that would grow the cache beyond this, before it begins; lower it on a shared disk, "
+        "raise it for many views of large maps.",
+        metavar="SIZE",
+    )
+    device: Device = option(
+        "auto", "auto, cpu, cuda, cuda:0 or mps.", envvar="TLCLI_DEVICE", metavar="DEVICE"
+    )
+    workers: int | None = option(
+        None,
+        "Threads that decode images; one per core, at most 16, unless given.",
+        flags=("-j", "--workers"),
+        envvar="TLCLI_WORKERS",
+        minimum=1,
+        maximum=256,
+    )

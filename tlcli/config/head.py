@@ -1,0 +1,163 @@
+"""Options of the head: what it is, and the grid that it is chosen from."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from tlcli.config.fields import grid, option
+from tlcli.errors import UsageError
+
+SCALINGS = ("plain", "standardised", "l2-normalised")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """The classifier trained on the features."""
+
+    head: str = option(
+        "linear", "linear (a grid of 48, solved exactly) or mlp:H1,H2,... (hidden sizes).", metavar="HEAD"
+    )
+    folds: int = option(5, "Cross-validation folds inside train that choose the head.", minimum=2, maximum=20)
+    class_weights: Literal["none", "balanced"] = option(
+        "none", "balanced weighs classes by inverse frequency; try it when rare classes matter most."
+    )
+    label_smoothing: float | None = option(
+        None,
+        "Share of the target spread over all classes: 0.1 when units of the backbone are trained, 0 for "
+        "heads alone, unless given; raise it on noisy labels.",
+        minimum=0.0,
+        maximum=0.9,
+    )
+    l2: str = option(
+        "auto", "Comma-separated l2 penalties of the grid; auto spans the useful range.", metavar="GRID"
+    )
+    scaling: str = option(
+        ",".join(SCALINGS),
+        "Comma-separated scalings of the features that linear heads are tried with.",
+        metavar="NAMES",
+    )
+    seed: int = option(0, "Seed of folds, initialisation and order.", minimum=0)
+    refit: bool = option(
+        False, "After choosing a head, train it on train+val; val then no longer measures anything."
+    )
+    activation: Literal["elu", "relu", "leaky-relu", "gelu", "tanh", "sigmoid"] = option(
+        "elu", "Activation between an MLP head's layers."
+    )
+    init: Literal["he", "xavier", "normal"] = option(
+        "he",
+        "Initialisation of an MLP head and of --scenario scratch; xavier suits tanh and sigmoid, normal is "
+        "N(0, 1), for showing why the others exist.",
+    )
+    batch_norm: bool = option(False, "Batch normalisation after each hidden layer of an MLP head.")
+    dropout: str | None = option(
+        None,
+        "Dropout rate before the classifier; a comma-separated grid for an MLP head on frozen features. "
+        "Raise it when train accuracy runs away from val.",
+        metavar="RATE|GRID",
+    )
+    lr: str | None = option(
+        None,
+        "Learning rate, or auto for a range test; a comma-separated grid for an MLP head on frozen features. "
+        "Lower it when the loss jumps.",
+        metavar="RATE|auto|GRID",
+    )
+    l1: float = option(
+        0.0, "l1 penalty; makes weights exactly zero. Try 1e-5 where a sparse network is wanted.", minimum=0.0
+    )
+    max_norm: float = option(
+        0.0,
+        "Largest l2 norm of a unit's incoming weights; 0 is off, 3 to 4 is usual with high dropout.",
+        minimum=0.0,
+    )
+    epochs: int | None = option(
+        None,
+        "Epochs (for an MLP head on frozen features the most it may take); by data-set size unless given. "
+        "Raise it when the loss still falls at the end.",
+        minimum=1,
+        maximum=100_000,
+    )
+    patience: int | None = option(
+        None,
+        "Stop after N epochs without improvement on val and keep the best weights (an MLP head on frozen "
+        "features: 10, inside train); never unless given. Val then also selects.",
+        metavar="N",
+        minimum=1,
+    )
+    batch_size: int | None = option(
+        None,
+        "Training batch over all processes; by data-set size unless given. Lower it when memory runs out.",
+        flags=("-b", "--batch-size"),
+        metavar="N",
+        minimum=1,
+        maximum=1_000_000,
+    )
+
+    def hidden_sizes(self) -> tuple[int, ...]:
+        """Return the hidden sizes of an MLP head, or () for a linear one.
+
+        Raises:
+            UsageError: `head` is neither `linear` nor `mlp:` with positive whole numbers.
+        """
+        if self.head == "linear":
+            return ()
+        kind, _, sizes = self.head.partition(":")
+        try:
+            hidden = tuple(int(size) for size in sizes.split(","))
+        except ValueError:
+            hidden = ()
+        if kind != "mlp" or not hidden or min(hidden) < 1 or max(hidden) > 65_536:
+            raise UsageError(
+                f"--head {self.head!r} is not a head.", hint="Expected linear, or mlp:512 or mlp:1024,256."
+            )
+        return hidden
+
+    def __post_init__(self) -> None:
+        """Refuse a head or a grid that cannot be read."""
+        self.hidden_sizes()
+        self.tried_scalings()
+        if self.l2 != "auto":
+            grid(self.l2, "--l2", minimum=0.0)
+        if self.dropout is not None:
+            grid(self.dropout, "--dropout", minimum=0.0, maximum=0.95)
+        if self.lr is not None and self.lr != "auto":
+            grid(self.lr, "--lr", minimum=1e-8, maximum=10.0)
+
+    def tried_scalings(self) -> tuple[str, ...]:
+        """Return the scalings that linear heads are tried with.
+
+        Raises:
+            UsageError: One of them does not exist.
+        """
+        names = tuple(dict.fromkeys(name.strip() for name in self.scaling.split(",")))
+        unknown = [name for name in names if name not in SCALINGS]
+        if unknown:
+            raise UsageError(
+                f"--scaling {self.scaling!r}: {unknown[0]!r} is no scaling.",
+                hint=f"Expected one or more of {', '.join(SCALINGS)}.",
+            )
+        return names
+
+    def mlp_grid(self) -> "MlpGrid":
+        """Return what an MLP head on frozen features is trained with, defaults filled in.
+
+        Raises:
+            UsageError: The learning rate is `auto`, which a grid cannot be.
+        """
+        if self.lr == "auto":
+            raise UsageError(
+                "--lr auto is for training the backbone; an MLP head on frozen features tries a grid.",
+                hint="Leave --lr out, or write a grid such as --lr 0.0003,0.001.",
+            )
+        given = {item.name: getattr(self, item.name) for item in dataclasses.fields(MlpGrid)}
+        return MlpGrid(**{name: value for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpGrid:
+    """Defaults of an MLP head on frozen features; fields as in HeadOptions."""
+
+    dropout: str = "0,0.5"
+    lr: str = "0.0003,0.001,0.003"
+    epochs: int = 100
+    patience: int = 10
+    batch_size: int = 256

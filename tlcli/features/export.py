@@ -1,0 +1,73 @@
+"""Features as a file for other programs: .safetensors, .npz or .csv."""
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tlcli.data.image_files import BadImage
+from tlcli.data.listing import spreadsheet_cell
+from tlcli.features.extractor import to_numpy
+from tlcli.features.plan import FeaturePlan, read_rows
+
+
+def export(plan: FeaturePlan, bad_images: Sequence[BadImage], output: Path) -> None:
+    """Write the plain rows of a collection with file names, labels and splits, in the order of the names.
+
+    Only view 0, with or without --views: one row an image is what other programs expect, and the other views
+    are tlcli's own augmentation, which it reads from the cache.
+
+    safetensors: `features` [n, *row_shape], `labels` int64 [n] (-1 unknown), with JSON lists `files`,
+    `class_names` and `splits` in the metadata. npz: the same as arrays (bf16 rows as float32). csv: a line an
+    image: file, label, split, then the values of a row.
+    """
+    bad = {image.name for image in bad_images}
+    kept = [index for index, sample in enumerate(plan.collection.samples) if sample.name not in bad]
+    collection = plan.collection.select(kept)
+    rows = read_rows(plan, collection)
+    names = [sample.name for sample in collection.samples]
+    labels = np.array([-1 if s.label is None else s.label for s in collection.samples], np.int64)
+    class_names = list(collection.dataset.class_names)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        if output.suffix == ".csv":
+            _export_csv(temporary, rows, names, [class_names[label] for label in labels], collection.splits)
+        elif output.suffix == ".npz":
+            values = rows.float().numpy()
+            splits = np.array(collection.splits)
+            with temporary.open("wb") as file:
+                np.savez(file, features=values, labels=labels, files=np.array(names),
+                         splits=splits, class_names=np.array(class_names))  # fmt: skip
+        else:
+            from safetensors.torch import save_file
+
+            metadata = {"files": names, "class_names": class_names, "splits": collection.splits}
+            tensors = {"features": rows, "labels": torch.from_numpy(labels)}
+            save_file(tensors, temporary, {key: json.dumps(value) for key, value in metadata.items()})
+            os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes 0600 whatever the umask
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _export_csv(
+    path: Path, rows: torch.Tensor, names: Sequence[str], labels: Sequence[str], splits: Sequence[str]
+) -> None:
+    flat = rows.float().flatten(1)
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["file", "label", "split", *(f"feature_{i}" for i in range(flat.shape[1]))])
+        for name, label, split, row in zip(names, labels, splits, to_numpy(flat), strict=True):
+            writer.writerow(
+                [spreadsheet_cell(name), spreadsheet_cell(label), split, *(f"{value:.9g}" for value in row)]
+            )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,1 @@
+"""Classifiers of features, and how one is chosen."""

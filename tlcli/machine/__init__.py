@@ -1,0 +1,1 @@
+"""The machine below: files, devices, memory, processes, signals, environment variables."""

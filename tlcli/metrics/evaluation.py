@@ -1,0 +1,82 @@
+"""A measured split: every metric, and the prediction of each image."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tlcli.data.collection import Collection
+from tlcli.metrics import scores as metrics
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = "tlcli.evaluation/1"
+STORED_MISTAKES = 100  # what the report can show; a command prints as many as it is asked for
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A measured split.
+
+    Attributes:
+        document: Every metric, as written to evaluation-SPLIT.json.
+        predictions: One dict an image: file, path, label, predicted, probability.
+    """
+
+    document: dict[str, Any]
+    predictions: list[dict[str, Any]]
+
+
+def measure(
+    logits: np.ndarray[Any, Any],
+    collection: Collection,
+    class_names: Sequence[str],
+    *,
+    split: str,
+    majority_class: int,
+    worst: int,
+) -> Evaluation:
+    """Return every metric of a split, with each image's prediction.
+
+    Args:
+        logits: fp32 [n, C] in the order of the collection.
+        collection: The images; labels index `class_names`.
+        class_names: In the order of the logits.
+        split: Name of the split.
+        majority_class: The most frequent class of train.
+        worst: How many of the most confident mistakes to list.
+    """
+    labels = np.array([sample.label for sample in collection.samples], np.int64)
+    found = metrics.score(logits, labels, majority_class=majority_class)
+    present = set(labels.tolist())
+    if absent := [repr(name) for index, name in enumerate(class_names) if index not in present]:
+        more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
+        logger.warning("%s has no samples of %s%s", split, ", ".join(absent[:10]), more)
+    for name, scores in zip(class_names, found["per_class"], strict=True):
+        scores["class_name"] = name
+    probabilities = metrics.softmax(logits)
+    predictions = [
+        {
+            "file": sample.name,
+            "path": sample.path,
+            "label": class_names[label],
+            "predicted": class_names[best],
+            "probability": round(float(row[best]), 6),
+        }
+        for sample, label, row in zip(collection.samples, labels, probabilities, strict=True)
+        for best in [int(row.argmax())]
+    ]
+    mistakes = [item for item in predictions if item["label"] != item["predicted"]]
+    mistakes.sort(key=lambda item: (-item["probability"], item["file"]))
+    document = {"schema": SCHEMA, "split": split, "class_names": list(class_names), **found,
+                "num_mistakes": len(mistakes), "worst_mistakes": mistakes[:worst]}  # fmt: skip
+    return Evaluation(document, predictions)
+
+
+def headline(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the few metrics that stand in run.json and in the result of finetune."""
+    names = ("top1_accuracy", "interval", "num_images", "majority_baseline", "macro_f1", "log_loss",
+             "expected_calibration_error")  # fmt: skip
+    return {name: found[name] for name in names}

@@ -1,0 +1,33 @@
+"""Intervals of shares."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+NORMAL_QUANTILE_95 = 1.959963984540054  # two-sided 95 %
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % interval: `low` <= `high`, and the method's name."""
+
+    low: float
+    high: float
+    method: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the interval for a JSON document."""
+        return {"low": self.low, "high": self.high, "method": self.method}
+
+
+def wilson_interval(successes: int, total: int) -> Interval:
+    """Return Wilson's 95 % interval of a proportion; it stays in [0, 1] and is never of width 0."""
+    if not 0 <= successes <= total or total < 1:
+        raise ValueError(f"expected 0 <= successes <= total and total >= 1, got {successes} of {total}")
+    z2 = NORMAL_QUANTILE_95**2
+    share = successes / total
+    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = math.sqrt(share * (1 - share) * z2 / total + (z2 / (2 * total)) ** 2) / (1 + z2 / total)
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == total else min(1.0, centre + half)
+    return Interval(low, high, "wilson")

@@ -1,0 +1,56 @@
+"""Results beside a run: evaluations and predictions by split, and the lines of metrics.jsonl."""
+
+import contextlib
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from tlcli.data.listing import spreadsheet_cell
+from tlcli.errors import DataError, StorageError
+from tlcli.machine import files
+from tlcli.metrics.evaluation import Evaluation
+
+
+def write_evaluation(run_dir: Path, split: str, evaluation: Evaluation) -> None:
+    """Write evaluation-SPLIT.json and predictions-SPLIT.csv (with texts as `spreadsheet_cell` has them)."""
+    text = json.dumps(evaluation.document, indent=2, allow_nan=False) + "\n"
+    table = io.StringIO()
+    writer = csv.DictWriter(
+        table, ["file", "label", "predicted", "probability"], lineterminator="\n", extrasaction="ignore"
+    )
+    writer.writeheader()
+    for item in evaluation.predictions:
+        texts = {name: spreadsheet_cell(item[name]) for name in ("file", "label", "predicted")}
+        writer.writerow({**item, **texts})
+    for name, content in ((f"evaluation-{split}.json", text), (f"predictions-{split}.csv", table.getvalue())):
+        try:
+            files.publish(run_dir / name, [content.encode("utf-8", "surrogateescape")])
+        except OSError as error:
+            raise StorageError(f"{run_dir / name} cannot be written: {error.strerror}.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        DataError: It cannot be read, or holds no object.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{str(path)!r} cannot be read: {error}.") from error
+    if not isinstance(document, dict):
+        raise DataError(f"{str(path)!r} holds a {type(document).__name__}, not an object.")
+    return document
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a JSON-lines file; [] when it does not exist. A torn last line is left out."""
+    lines = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(text))
+    return lines

@@ -1,0 +1,164 @@
+"""Training the backbone's units: inputs, linear probe, network, training, logits of val."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tlcli.backbones.units import units
+from tlcli.config.commands import FinetuneConfig
+from tlcli.data.collection import Collection, groups_of, labels_of
+from tlcli.features.plan import read_rows
+from tlcli.heads.fit import FittedHead, fit_head
+from tlcli.heads.head import Head
+from tlcli.machine import paths
+from tlcli.progress import Progress
+from tlcli.runs.directory import RunDirectory
+from tlcli.training.checkpoints import Checkpoints
+from tlcli.training.inputs import ImageInputs, Inputs, RowInputs
+from tlcli.training.loop import Samples, Setting, Trained, network_logits, train
+from tlcli.training.network import make_network
+from tlcli.training.plan import TrainingPlan
+
+logger = logging.getLogger(__name__)
+
+UNCHANGED_SCALINGS = "plain,standardised"  # a head that normalises its input is no linear layer
+
+
+@dataclass(frozen=True)
+class TrainedBackbone:
+    """A trained network, whose weights are in the backbone.
+
+    Attributes:
+        head: Its head.
+        logits: fp32 [N, C] of val's images; None without val.
+        trained: What happened.
+        probe: The head on frozen features it started from.
+        probe_accuracy: That head's accuracy on val.
+    """
+
+    head: Head
+    logits: Tensor | None
+    trained: Trained
+    probe: FittedHead | None
+    probe_accuracy: float | None
+
+    def document(self) -> dict[str, Any]:
+        """Return what happened, for run.json."""
+        probe = None
+        if self.probe is not None:
+            probe = {"chosen": self.probe.chosen, "val_top1_accuracy": self.probe_accuracy}
+        return {
+            "epochs": len(self.trained.history),
+            "steps": self.trained.steps,
+            "lr": self.trained.lr,
+            "best_epoch": self.trained.best_epoch,
+            "probe": probe,
+        }
+
+
+# ---- tuning ---------------------------------------------------------------------------------------------
+
+
+def train_backbone(
+    plan: TrainingPlan,
+    config: FinetuneConfig,
+    train_part: Collection,
+    val_part: Collection,
+    writer: RunDirectory,
+    progress: Progress,
+) -> TrainedBackbone:
+    """Train the network of a plan, in place.
+
+    Args:
+        plan: From `plan_tuning`, its features computed.
+        config: The run's configuration.
+        train_part: Usable images of train.
+        val_part: Usable images of val; may be empty.
+        writer: Of the run.
+        progress: Told of every image.
+    """
+    extractor, recipe = plan.extractor, plan.recipe
+    num_classes = len(train_part.dataset.class_names)
+    device, workers = extractor.device, config.workers or paths.default_workers()
+    suffix = extractor.cut.suffix.to(device)
+    train_source = _inputs(plan, train_part, plan.num_views)
+    val_source = _inputs(plan, val_part, 1) if val_part.samples else None
+    probe, probe_accuracy = None, None
+    if recipe.head_init == "probe":
+        train_features, val_features = (
+            _pooled(plan, suffix, source, part, workers)
+            for source, part in ((train_source, train_part), (val_source, val_part))
+        )
+        probe = _fit_probe(config, train_features, train_part, num_classes, progress)
+        if val_part.samples:
+            probe_accuracy = _accuracy(probe.head.logits(val_features), labels_of(val_part))
+            logger.info("linear probe on the frozen features: val accuracy %.3f", probe_accuracy)
+    network = make_network(
+        suffix.to("cpu"), extractor.backbone.num_features, num_classes, config,
+        dropout=recipe.dropout, start=probe.head if probe else None, full=plan.scenario != "freeze",
+    )  # fmt: skip
+    setting = Setting(
+        device=device, amp=plan.amp, workers=workers,
+        unit_of={name: unit.index for unit in units(extractor.backbone.model) for name in unit.parameters},
+        num_units=plan.num_units,
+        checkpoints=Checkpoints(writer.path), checkpoint_seconds=60 * config.checkpoint_minutes,
+        progress=progress, on_epoch=lambda history: writer.write_lines("metrics.jsonl", history),
+        tracker=config.tracker, log_dir=writer.path,
+    )  # fmt: skip
+    val = Samples(val_source, labels_of(val_part)) if val_source is not None else None
+    trained = train(network, recipe, Samples(train_source, labels_of(train_part)), val, setting)
+    logits = None
+    if val_source is not None:
+        network.to(device)
+        logits = network_logits(network, val_source, workers=workers)
+        network.to("cpu")
+    return TrainedBackbone(network.trained_head(), logits, trained, probe, probe_accuracy)
+
+
+def _inputs(plan: TrainingPlan, part: Collection, num_views: int | None) -> Inputs:
+    keys = [found.sha256 or "" for found in part.fingerprints]
+    seed = plan.recipe.seed
+    if not plan.trains_on_rows:
+        return ImageInputs(plan.extractor, part.samples, keys, num_views=num_views, seed=seed)
+    features = plan.features
+
+    def read(indices: Sequence[int], views: Sequence[int]) -> Tensor:
+        assert features is not None
+        return read_rows(features, part.select(indices), views)
+
+    return RowInputs(read, keys, num_views=num_views or 1, seed=seed, device=plan.extractor.device)
+
+
+def _pooled(
+    plan: TrainingPlan, suffix: torch.nn.Module, source: Inputs | None, part: Collection, workers: int
+) -> Tensor:
+    """Return the frozen network's features of the plain views, fp32 [N, D]."""
+    if source is None:
+        return torch.empty(0)
+    if plan.scenario != "freeze" and plan.features is not None:
+        return read_rows(plan.features, part).float()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.amp)
+    with torch.autocast(plan.extractor.device.type, dtype, enabled=dtype is not None):
+        return network_logits(suffix, source, workers=workers)
+
+
+def _fit_probe(
+    config: FinetuneConfig, features: Tensor, part: Collection, num_classes: int, progress: Progress
+) -> FittedHead:
+    """Fit the head that training starts from, with the grid's own defaults."""
+    options = dataclasses.replace(
+        config, lr=None, dropout=None, epochs=None, patience=None, batch_size=None, l2="auto", l1=0.0,
+        label_smoothing=None, scaling=UNCHANGED_SCALINGS,
+    )  # fmt: skip
+    return fit_head(
+        features, labels_of(part), num_classes, options, groups=groups_of(part), progress=progress
+    )
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return float((logits.argmax(1) == labels).double().mean())

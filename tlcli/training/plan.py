@@ -1,0 +1,261 @@
+"""How the backbone's units will be trained, in the scenarios freeze, full and scratch.
+
+freeze      trains the units after the cut from the prefix's rows: cached, or computed as they are needed
+full        trains everything from images, starting at the pretrained weights
+scratch     trains everything from images, starting at random weights
+"""
+
+import dataclasses
+import importlib.util
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tlcli.backbones.backbone import Backbone
+from tlcli.backbones.initialise import reinitialise
+from tlcli.backbones.units import parse_freeze, units
+from tlcli.backbones.zoo import load_backbone
+from tlcli.config.backbone import FeatureOptions
+from tlcli.config.commands import FinetuneConfig
+from tlcli.config.fields import from_options, to_options
+from tlcli.config.training import Scenario
+from tlcli.data.augment import AugmentPolicy, resolve_policy
+from tlcli.data.collection import Collection
+from tlcli.errors import UsageError
+from tlcli.features import cache_decision as caching
+from tlcli.features.cost_trial import CUT, RECOMPUTE
+from tlcli.features.extractor import Extractor
+from tlcli.features.plan import FeaturePlan, make_extractor, plan_features
+from tlcli.machine import paths, processes
+from tlcli.machine.device import fast_bf16
+from tlcli.training.network import NORM_LAYERS
+from tlcli.training.optimizer import check_optimizer
+from tlcli.training.recipe import Recipe, resolve
+from tlcli.wording import parse_size
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_VIEWS = 4
+DEFAULT_SHARE = 2 / 3  # of the units, that --scenario freeze freezes without a number
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How the backbone's units will be trained.
+
+    Attributes:
+        recipe: Every value of the training.
+        policy: How training images are varied.
+        num_views: Views of each training image; None for a new one every epoch.
+        extractor: Transform, and the prefix where units are frozen.
+        features: The rows to compute before training: at the cut, or the pooled ones of the probe; None when
+            there are none.
+        caching: Where the prefix's work is kept, and why; None where nothing is frozen.
+        amp: Compute type of training.
+        num_units: Units of the backbone.
+        notes: What people should know beforehand.
+    """
+
+    recipe: Recipe
+    policy: AugmentPolicy
+    num_views: int | None
+    extractor: Extractor
+    features: FeaturePlan | None
+    caching: caching.CachingDecision | None
+    amp: Any
+    num_units: int
+    notes: tuple[str, ...]
+
+    @property
+    def scenario(self) -> Scenario:
+        """Return the scenario."""
+        return self.recipe.scenario
+
+    @property
+    def trains_on_rows(self) -> bool:
+        """Return whether training reads cached rows."""
+        return self.scenario == "freeze" and self.features is not None
+
+    def facts(self) -> dict[str, str]:
+        """Return the plan for people."""
+        frozen = self.extractor.cut.num_frozen_units
+        views = "a new view every epoch" if self.num_views is None else f"{self.num_views} views of an image"
+        result = {
+            "trains": f"units {frozen + 1} to {self.num_units} of {self.num_units} and the head, "
+            + ("in fp32" if self.amp == "none" else f"mixed precision {self.amp}"),
+            "recipe": self.recipe.facts(),
+            "augmentation": "none",
+            "BatchNorm": f"{self.recipe.norm} in trained units: {self.recipe.norm_reason}",
+        }
+        if not self.policy.is_none:
+            result["augmentation"] = f"{self.policy.describe()}; {views}"
+        if self.caching is not None:
+            result["caching"] = self.caching.reason
+        return result
+
+    def document(self) -> dict[str, Any]:
+        """Return the plan for machines."""
+        return {
+            "recipe": self.recipe.document(),
+            "augmentation": self.policy.facts(),
+            "num_views": self.num_views,
+            "caching": None if self.caching is None else self.caching.document(),
+            "num_frozen_units": self.extractor.cut.num_frozen_units,
+            "num_units": self.num_units,
+            "amp": self.amp,
+        }
+
+
+# ---- planning -------------------------------------------------------------------------------------------
+
+
+def plan_training(
+    config: FinetuneConfig, collection: Collection, continued: Mapping[str, Any] | None = None
+) -> TrainingPlan:
+    """Return how the backbone will be trained.
+
+    Args:
+        config: With a scenario other than feature-extraction.
+        collection: Images of train and val.
+        continued: run.json of the run that is continued: what was measured for it holds.
+
+    Raises:
+        UsageError: Options contradict each other.
+        BackboneError: The backbone cannot be loaded or cut.
+        StorageError: The rows would not fit.
+    """
+    scenario = config.resolved_scenario()
+    check_optimizer(config.opt)
+    _check_tracker(config.tracker)
+    backbone = load_trainable(config, scenario)
+    num_units = len(units(backbone.model))
+    notes = []
+    frozen = 0
+    if scenario == "freeze":
+        frozen, note = _frozen_units(config, num_units)
+        notes += [note] if note else []
+    num_train = collection.num_images()["train"]
+    policy = resolve_policy(config, num_train)
+    config = dataclasses.replace(config, freeze=str(frozen), scenario=scenario)
+    num_views = 1 if policy.is_none else config.views or (DEFAULT_VIEWS if scenario == "freeze" else None)
+    features: FeaturePlan | None = None
+    decision = None
+    recipe = resolve(
+        config,
+        num_train=num_train,
+        has_batch_norm=any(isinstance(module, NORM_LAYERS) for module in backbone.model.modules()),
+        num_processes=processes.world_size(),
+    )
+    pictures = None if policy.is_none else policy
+    extractor = None
+    if scenario == "freeze":
+        extractor = make_extractor(backbone, config, policy=pictures)
+        # The probe is one more pass over the images.
+        passes = recipe.epochs + (recipe.head_init == "probe")
+        decision = _decided(continued) or _decide(config, collection, extractor, num_views or 1, passes)
+        decision = processes.from_main(decision)
+        if decision.node is not None:
+            extractor = make_extractor(backbone, config, node=decision.node, policy=pictures)
+        if decision.where == RECOMPUTE:
+            num_views = 1 if policy.is_none else config.views
+        else:
+            features = _plan_features(config, collection, extractor, num_views or 1)
+    elif recipe.head_init == "probe":
+        whole = from_options(FeatureOptions, {**to_options(config), "freeze": "all"})
+        pooled = make_extractor(backbone, whole)
+        features = _plan_features(config, collection, pooled, 1)
+    extractor = extractor or make_extractor(backbone, config, policy=pictures)
+    amp = _amp(config, extractor.device)
+    return TrainingPlan(
+        recipe, policy, num_views, extractor, features, decision, amp, num_units, tuple(notes)
+    )
+
+
+def _plan_features(
+    config: FinetuneConfig, collection: Collection, extractor: Extractor, num_views: int
+) -> FeaturePlan:
+    workers = config.workers or paths.default_workers()
+    return plan_features(
+        collection,
+        extractor,
+        cache=config.cache,
+        workers=workers,
+        max_bad=config.max_bad,
+        num_views=num_views,
+        max_bytes=parse_size(config.cache_max_size),
+    )
+
+
+def _decided(continued: Mapping[str, Any] | None) -> caching.CachingDecision | None:
+    """Return the decision of the run that is continued: another would draw other views."""
+    before = (continued or {}).get("recipe", {}).get("caching")
+    return (
+        None if before is None else caching.CachingDecision(before["where"], f"as before: {before['reason']}")
+    )
+
+
+def _decide(
+    config: FinetuneConfig, collection: Collection, extractor: Extractor, num_views: int, epochs: int
+) -> caching.CachingDecision:
+    """Return where the prefix's work is kept: as --cache says, or where it is quickest."""
+    if config.cache == "never":
+        return caching.CachingDecision(RECOMPUTE, "recomputing in each epoch: --cache never")
+    if config.cache != "auto":
+        return caching.CachingDecision(CUT, f"caching at the cut: --cache {config.cache}")
+    workers = config.workers or paths.default_workers()
+    amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(_amp(config, extractor.device))
+    return caching.decide(
+        extractor, collection, epochs=epochs, num_views=num_views, workers=workers, amp=amp,
+        max_bytes=parse_size(config.cache_max_size),
+    )  # fmt: skip
+
+
+def load_trainable(config: FinetuneConfig, scenario: Scenario) -> Backbone:
+    """Load the backbone; for scratch its architecture alone, with random weights.
+
+    Raises:
+        UsageError: Weights are named for a training that does not use them.
+    """
+    if scenario != "scratch":
+        return load_backbone(config, drop_path=config.drop_path)
+    if config.weights:
+        raise UsageError(
+            "--weights and --scenario scratch contradict each other: scratch starts from random weights.",
+            hint="Leave --weights out, or use --scenario full.",
+        )
+    backbone = load_backbone(dataclasses.replace(config, random_init=True), drop_path=config.drop_path)
+    reinitialise(backbone.model, config.init, config.seed)
+    return backbone
+
+
+def _frozen_units(config: FinetuneConfig, num_units: int) -> tuple[int, str]:
+    if config.freeze is None:
+        frozen = max(1, min(num_units - 1, round(DEFAULT_SHARE * num_units)))
+        return frozen, f"freezing {frozen} of {num_units} units, two thirds; --freeze K chooses"
+    frozen = parse_freeze(config.freeze, num_units)
+    if frozen == num_units:
+        raise UsageError(
+            f"--freeze {config.freeze} freezes all of the {num_units} units: nothing is left to train.",
+            hint="Use --freeze all to train a head alone, or a smaller number.",
+        )
+    return frozen, ""
+
+
+def _amp(config: FinetuneConfig, device: torch.device) -> str:
+    if config.amp == "fp16" and device.type == "cpu":
+        raise UsageError("--amp fp16 needs a GPU.", hint="Use --amp bf16, none or auto.")
+    if config.amp != "auto":
+        return config.amp
+    if fast_bf16(device)[0]:
+        return "bf16"
+    return "fp16" if device.type == "cuda" else "none"
+
+
+def _check_tracker(name: str) -> None:
+    package = {"none": "torch"}.get(name, name)
+    if importlib.util.find_spec(package) is None:
+        extra = "'tlcli[trackers]'" if name == "tensorboard" else name
+        raise UsageError(f"--tracker {name} needs a package.", hint=f"Install it: pip install {extra}")
