@@ -5,7 +5,7 @@ import timm
 import torch
 
 from tlcli.backbones.torchvision_zoo import headless
-from tlcli.backbones.units import frozen_modules, parse_freeze, units
+from tlcli.backbones.units import frozen_modules, num_frozen_units, units
 from tlcli.errors import BackboneError, UsageError
 
 NETWORKS = [
@@ -56,14 +56,18 @@ def test_the_branches_of_a_block_are_one_unit():
     ("text", "expected"), [(None, 9), ("all", 9), ("ALL", 9), ("none", 0), ("0", 0), ("4", 4), ("9", 9)]
 )
 def test_freeze_is_read(text, expected):
-    assert parse_freeze(text, 9) == expected
+    assert num_frozen_units(text, 9) == expected
 
 
-@pytest.mark.parametrize("text", ["10", "-1", "1.5", "some", "", "auto", "²"])
-def test_a_freeze_that_is_no_number_of_units_names_the_count(text):
-    with pytest.raises(UsageError) as caught:
-        parse_freeze(text, 9)
-    assert "9" in f"{caught.value.message} {caught.value.hint}"
+@pytest.mark.parametrize("text", ["-1", "1.5", "some", "", "auto", "²", "banana"])
+def test_a_freeze_that_is_not_a_number_is_refused(text):
+    with pytest.raises(UsageError, match="--freeze takes all, none, or a number of units"):
+        num_frozen_units(text, 9)
+
+
+def test_a_freeze_of_more_units_than_there_are_names_the_count():
+    with pytest.raises(UsageError, match="9 units"):
+        num_frozen_units("10", 9)
 
 
 def test_a_network_without_parameters_is_no_backbone():

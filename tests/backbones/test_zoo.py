@@ -213,7 +213,6 @@ def test_a_folder_whose_weights_are_another_networks(tmp_path):
         ("AlexNet", "torchvision/alexnet"),
         ("lenet5", "classic/lenet5"),
         ("classic/lenet6", "classic/lenet5"),
-        ("", "bundled"),
         (None, "bundled"),
     ],
 )

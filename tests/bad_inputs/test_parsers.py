@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tlcli.backbones.model_arguments import parse_arguments
 from tlcli.config.commands import FinetuneConfig
 from tlcli.config.data import DataOptions
+from tlcli.config.model_kwargs import parse_arguments
 from tlcli.config.yaml_file import MAX_CONFIG_BYTES, read_config_file
 from tlcli.data.listing import Row, plain_cell, read_listing, spreadsheet_cell
 from tlcli.data.scan import scan

@@ -15,8 +15,7 @@ from tlcli.cache import prune
 from tlcli.cache.prune import GRACE_SECONDS, execute_prune, plan_prune
 from tlcli.cache.shard import Shard
 from tlcli.cache.store import Store
-from tlcli.errors import StorageError, UsageError
-from tlcli.wording import parse_age
+from tlcli.errors import StorageError
 
 DAY = 86400.0
 NOW = 1_700_000_000.0
@@ -431,24 +430,3 @@ def test_maps_survive_merging(store):
     found, missing = entry.read([row_key(number) for number in range(3)])
     assert missing == []
     np.testing.assert_array_equal(found, rows)
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("30d", 30 * DAY),
-        ("12h", 43200),
-        ("45m", 2700),
-        ("0s", 0),
-        ("1.5D", 1.5 * DAY),
-        ("2w", 14 * DAY),
-    ],
-)
-def test_ages(text, seconds):
-    assert parse_age(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "30", "d", "-1d", "1y", "1e3d", "nan", "1 d", "99999999999d", "١d"])
-def test_ages_that_are_none(text):
-    with pytest.raises(UsageError, match="not an age"):
-        parse_age(text)

@@ -12,7 +12,6 @@ from tests.cache.cached import DIM, check, put, row_key, shard_paths, spec
 from tlcli.cache.key import entry_key
 from tlcli.cache.store import Store
 from tlcli.errors import StorageError, UsageError
-from tlcli.wording import parse_size
 
 
 def failing(code):
@@ -274,21 +273,3 @@ def test_a_full_cache_is_still_read(store):
     rows, missing = Store(store.root, max_bytes=1).entry(spec()).read([row_key(0)])
     assert missing == []
     assert rows.shape == (1, DIM)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("20GB", 20 * 10**9), ("500mb", 5 * 10**8), ("1.5GiB", 3 * 2**29), ("0B", 0), ("7 TB", 7 * 10**12),
-        ("10k", 10**4), ("3KiB", 3072), ("2G", 2 * 10**9),
-        ("0.5 tib", 2**39), ("1b", 1), ("2MiB", 2**21),
-    ],
-)  # fmt: skip
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "20", "GB", "-1GB", "1iB", "1XB", "1 GB GB", "1e3MB", "inf"])
-def test_sizes_that_are_none(text):
-    with pytest.raises(UsageError, match="not a size"):
-        parse_size(text)

@@ -299,23 +299,23 @@ def test_an_export_without_a_cache_is_the_same(folder, tmp_path):
 def test_rows_that_vanish_before_the_export_are_computed_again(folder, tmp_path):
     chosen = config(folder, output=str(tmp_path / "features.npz"))
     plan = plan_extract(chosen, Silent())
-    compute_features(plan, Silent())
-    export(plan, [], tmp_path / "before.npz")
+    outcome = compute_features(plan, Silent())
+    export(plan, outcome, tmp_path / "before.npz")
     shutil.rmtree(paths.features_dir() / "v1")
     plan.store.entry.rows()
-    export(plan, [], tmp_path / "after.npz")
+    export(plan, outcome, tmp_path / "after.npz")
     with np.load(tmp_path / "before.npz") as before, np.load(tmp_path / "after.npz") as after:
         assert np.array_equal(before["features"], after["features"])
 
 
 def test_rows_that_vanish_with_their_images_are_an_error(folder, tmp_path):
     plan = plan_extract(config(folder), Silent())
-    compute_features(plan, Silent())
+    outcome = compute_features(plan, Silent())
     shutil.rmtree(paths.features_dir() / "v1")
     plan.store.entry.rows()
     shutil.rmtree(folder)
     with pytest.raises(StorageError, match="changes"):
-        export(plan, [], tmp_path / "features.npz")
+        export(plan, outcome, tmp_path / "features.npz")
     assert not (tmp_path / "features.npz").exists()
 
 

@@ -115,7 +115,7 @@ def test_an_existing_file_is_replaced_only_when_told(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="format"):
         write_listing(str(tmp_path / "a.txt"), [], overwrite=False)
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(StorageError, match="Cannot write"):
         write_listing(str(tmp_path / "no" / "a.csv"), [], overwrite=False)
     with pytest.raises(DataError, match="not UTF-8"):
         write_listing(str(tmp_path / "a.csv"), [Row(0, "a.jpg", "\udce9", "", "")], overwrite=False)

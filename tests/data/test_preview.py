@@ -118,7 +118,7 @@ def test_the_sheet_shows_every_view_where_it_belongs(tmp_path: Path, make_images
 
 def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "p.png").mkdir()
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(StorageError, match="Cannot write"):
         write_picture(Image.new("RGB", (4, 4)), str(tmp_path / "p.png"))
     assert [path.name for path in tmp_path.iterdir()] == ["p.png"]
 

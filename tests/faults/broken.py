@@ -71,7 +71,7 @@ def temporaries_left() -> AbstractContextManager[Any]:
 
 
 def errors_escape() -> AbstractContextManager[Any]:
-    return mock.patch.object(entry, "storage_errors", side_effect=lambda *args: contextlib.nullcontext())
+    return mock.patch.object(entry, "cache_errors", side_effect=lambda *args: contextlib.nullcontext())
 
 
 def no_second_read() -> AbstractContextManager[Any]:

@@ -2,15 +2,16 @@
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tlcli.cache.errors import cache_error, cache_errors
 from tlcli.errors import StorageError
 from tlcli.machine import files
-from tlcli.wording import size_text
 
 
 def names(folder):
@@ -172,22 +173,49 @@ def test_a_process_of_another_user_is_alive(monkeypatch):
     assert not files._is_dead(1)
 
 
-@pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [(0, "0 B"), (999, "999 B"), (1536, "1.5 kB"), (2_500_000, "2.5 MB"), (7e9, "7.0 GB"), (3e13, "30.0 TB")],
-)
-def test_size_text(num_bytes, text):
-    assert size_text(num_bytes) == text
-
-
 def test_errors_name_path_reason_and_bytes(tmp_path):
     full, denied = (OSError(code, os.strerror(code)) for code in (errno.ENOSPC, errno.EACCES))
-    with pytest.raises(StorageError) as error, files.storage_errors("write", tmp_path, 2_000_000):
+    with pytest.raises(StorageError) as error, cache_errors("write", tmp_path, 2_000_000):
         raise full
     assert error.value.__cause__ is full
     for part in ("Cannot write", str(tmp_path), "No space left", "2.0 MB (2000000 bytes) are needed"):
         assert part in error.value.message
     assert "prune" in str(error.value.hint)
-    error = files.storage_error("read", tmp_path, denied)
+    error = cache_error("read", tmp_path, denied)
     assert error.message == f"Cannot read {str(tmp_path)!r}: Permission denied."
     assert "TLCLI_HOME" in str(error.hint)
+
+
+def test_a_file_that_others_write_is_published_whole(tmp_path, monkeypatch):
+    """Writers that replace what they are given, or set a mode of their own, change nothing."""
+    before = os.umask(0o027)
+    try:
+        with files.published(tmp_path / "a") as temporary:
+            assert temporary.parent == tmp_path
+            temporary.unlink()
+            temporary.write_bytes(b"new")
+            temporary.chmod(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+    with pytest.raises(ZeroDivisionError), files.published(tmp_path / "a") as temporary:
+        temporary.write_bytes(b"%d" % (1 // 0))
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    with pytest.raises(OSError, match="error"), files.published(tmp_path / "a") as temporary:
+        temporary.write_bytes(b"lost")
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_a_full_disk_needs_and_keeps_is_said(tmp_path):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for num_bytes, kept, end in (
+        (0, None, "device."),
+        (0, "all is kept", "device. All is kept."),
+        (2_000_000, None, "device. 2.0 MB (2000000 bytes) are needed."),
+        (2_000_000, "all is kept", "device. 2.0 MB (2000000 bytes) are needed; all is kept."),
+    ):
+        error = files.storage_error("write", tmp_path, full, hint="h", num_bytes=num_bytes, kept=kept)
+        assert error.message.endswith(end)
+        assert error.hint == "h"

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tlcli.backbones.specs import Origin
-from tlcli.config.backbone import Preprocess
+from tlcli.config.backbone import Origin, Preprocess
 from tlcli.errors import UsageError
 
 INIT_SEED = 0

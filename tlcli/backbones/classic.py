@@ -15,7 +15,6 @@ classifier is tlcli's head, also in place of LeNet-5's radial basis functions. I
 network's own are taken: what depends on the size is laid out for `image_size`.
 """
 
-import difflib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,9 +26,10 @@ from torch.nn import functional
 
 from tlcli.backbones import weights
 from tlcli.backbones.initialise import reinitialise
-from tlcli.backbones.model_arguments import unknown_argument
 from tlcli.config.backbone import Preprocess
+from tlcli.config.model_kwargs import unknown_argument
 from tlcli.errors import BackboneError, UsageError
+from tlcli.wording import did_you_mean, near_misses
 
 PREFIX = "classic/"
 INIT_SEED = 0
@@ -351,9 +351,9 @@ def build(
     """
     short = name.removeprefix(PREFIX)
     if short not in NETWORKS:
-        near = difflib.get_close_matches(short.lower(), NETWORKS, n=1)
+        near = [PREFIX + other for other in near_misses(short, NETWORKS, most=1)]
         known = ", ".join(PREFIX + other for other in NETWORKS)
-        hint = (f"Did you mean {PREFIX}{near[0]}? " if near else "") + f"Known: {known}."
+        hint = f"{did_you_mean(near)}Known: {known}."
         raise UsageError(f"There is no network {name!r}.", hint=hint)
     network = NETWORKS[short]
     side = image_size or network.image_size

@@ -4,22 +4,21 @@ Nothing is built or loaded here. A hub is asked for a configuration only by hf-h
 """
 
 import dataclasses
-import difflib
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import timm
 from timm.models import PretrainedCfg
 
 from tlcli.backbones import hub
+from tlcli.config.backbone import Origin, parse_backbone
 from tlcli.errors import BackboneError, UsageError
-
-Origin = Literal["timm", "torchvision", "classic", "hf-hub", "local-dir", "bundled"]
+from tlcli.wording import did_you_mean, near_misses
 
 BUNDLED_DIR = Path(__file__).parent / "bundled"
 LIST_HINT = "`tlcli backbones list PATTERN` shows the names; `bundled` always works, offline too."
@@ -55,18 +54,13 @@ def timm_spec(name: str, *, offline: bool = False) -> TimmSpec:
         UsageError: The name is unknown.
         BackboneError: A folder or hub repository is missing or not in timm's format.
     """
-    kind, _, rest = name.partition(":")
-    if name == "bundled":
+    found = parse_backbone(name)
+    if found.origin == "bundled":
         return _local_spec(BUNDLED_DIR, "bundled")
-    if kind == "local-dir" and rest:
-        return _local_spec(Path(rest).expanduser(), "local-dir")
-    if kind == "hf-hub" and rest:
-        return _hub_spec(rest, offline)
-    if any(mark in name for mark in "/\\:"):
-        hint = f"For a folder write local-dir:{name}; for a hub repository hf-hub:{name}."
-        if name.startswith(("torchvision:", "timm/", "timm:")):
-            hint = "Write torchvision/NAME for torchvision, and the bare name for timm."
-        raise UsageError(f"Backbone {name!r} is no timm name.", hint=hint)
+    if found.origin == "local-dir":
+        return _local_spec(Path(found.rest).expanduser(), "local-dir")
+    if found.origin == "hf-hub":
+        return _hub_spec(found.rest, offline)
     return _registry_spec(name, offline)
 
 
@@ -161,8 +155,8 @@ def _did_you_mean(name: str) -> str:
         if architecture.lower() in zoo.names():
             return f"Did you mean {zoo.PREFIX}{architecture.lower()}? {LIST_HINT}"
     known = timm.list_models()
-    near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.7)
+    near = near_misses(architecture, known, cutoff=0.7)
     if not near:
         letters = re.sub(r"[^a-z0-9]", "", architecture.lower())
         near = [known_name for known_name in known if re.sub("_", "", known_name) == letters][:3]
-    return (f"Did you mean {', '.join(near)}? " if near else "") + LIST_HINT
+    return did_you_mean(near) + LIST_HINT

@@ -15,11 +15,11 @@ from torch import nn
 
 from tlcli.backbones import weights
 from tlcli.backbones.backbone import INIT_SEED, Backbone, no_drop_path
-from tlcli.backbones.model_arguments import OWN_OPTIONS, SETTLED, unknown_argument
 from tlcli.backbones.preprocessing import preprocess_of
 from tlcli.backbones.specs import TimmSpec
 from tlcli.backbones.weights_file import StateDict, read_state_dict
 from tlcli.config.backbone import BackboneOptions
+from tlcli.config.model_kwargs import OWN_OPTIONS, SETTLED, unknown_argument
 from tlcli.errors import BackboneError, UsageError
 from tlcli.machine.memory import is_out_of_memory
 from tlcli.wording import first_line

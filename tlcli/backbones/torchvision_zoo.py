@@ -6,7 +6,6 @@ features are pooled instead. GoogLeNet and Inception are built without their sid
 may add again (`tlcli.backbones.classic.side_branches`).
 """
 
-import difflib
 import math
 import re
 from functools import partial
@@ -20,6 +19,7 @@ from tlcli.backbones import hub, weights
 from tlcli.backbones.weights_file import StateDict
 from tlcli.config.backbone import Preprocess
 from tlcli.errors import BackboneError, UsageError
+from tlcli.wording import did_you_mean, near_misses
 
 PREFIX = "torchvision/"
 INIT_SEED = 0
@@ -124,7 +124,4 @@ def _convert(name: str, model: nn.Module, arguments: dict[str, Any], state: Stat
 def _near(name: str) -> str:
     if name in models.list_models():
         return "It is a detection, segmentation, video or quantised network; tlcli classifies images."
-    near = difflib.get_close_matches(name.lower(), names(), n=3)
-    return (
-        f"Did you mean {', '.join(near)}? " if near else ""
-    ) + "`tlcli backbones list torchvision/` shows the names."
+    return did_you_mean(near_misses(name, names())) + "`tlcli backbones list torchvision/` shows the names."

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from tlcli.config.backbone import parse_freeze
 from tlcli.errors import BackboneError, UsageError
 
 MAIN_SHARE = 0.8
@@ -68,8 +69,8 @@ def units(model: nn.Module) -> list[Unit]:
     ]
 
 
-def parse_freeze(freeze: str | None, num_units: int) -> int:
-    """Return the number of frozen units that `--freeze` means.
+def num_frozen_units(freeze: str | int | None, num_units: int) -> int:
+    """Return the number of frozen units that `--freeze` means for a backbone.
 
     Args:
         freeze: "all" (also None), "none", or a whole number from 0 to `num_units`.
@@ -78,20 +79,15 @@ def parse_freeze(freeze: str | None, num_units: int) -> int:
     Raises:
         UsageError: It is none of these; the message names the number of units.
     """
-    text = "all" if freeze is None else str(freeze).strip().lower()
-    if text in {"all", "none"}:
-        return num_units if text == "all" else 0
-    if not text.isascii() or not text.isdigit():
+    found = "all" if freeze is None else parse_freeze(str(freeze))
+    if found == "all":
+        return num_units
+    if found > num_units:
         raise UsageError(
-            f"--freeze {freeze!r} is no number of units.",
-            hint=f"Expected all, none, or a whole number from 1 to {num_units}.",
-        )
-    if int(text) > num_units:
-        raise UsageError(
-            f"--freeze {text} is more than the backbone has: it has {num_units} units.",
+            f"--freeze {found} is more than the backbone has: it has {num_units} units.",
             hint=f"Use at most {num_units}, or all; `tlcli backbones show` lists them.",
         )
-    return int(text)
+    return found
 
 
 def _timm_groups(model: nn.Module) -> list[list[str]] | None:

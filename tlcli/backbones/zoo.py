@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from tlcli.backbones.backbone import Backbone, no_drop_path
-from tlcli.backbones.model_arguments import parse_arguments
 from tlcli.backbones.preprocessing import with_options
 from tlcli.backbones.specs import LIST_HINT, timm_spec
 from tlcli.backbones.timm_zoo import build, explained
@@ -43,7 +42,7 @@ def load_backbone(options: BackboneOptions, drop_path: float = 0.0) -> Backbone:
         raise UsageError("No backbone is named.", hint="Add --backbone, for example --backbone bundled.")
     if options.random_init and options.weights:
         raise UsageError("--random-init and --weights contradict each other.", hint="Leave one of them out.")
-    given = parse_arguments(options.model_kwargs)
+    given = options.model_arguments
     if name.startswith(("torchvision/", "classic/")):
         if name.startswith("torchvision/") and given:
             raise UsageError(

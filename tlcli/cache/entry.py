@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tlcli.cache.errors import cache_error, cache_errors
 from tlcli.cache.key import SCHEMA, RowKey, entry_key
 from tlcli.cache.shard import (
     SUFFIX,
@@ -36,7 +37,6 @@ from tlcli.cache.shard import (
 from tlcli.cache.writer import FLUSH_BYTES, FLUSH_SECONDS, Writer
 from tlcli.errors import StorageError
 from tlcli.machine import files
-from tlcli.machine.files import storage_errors
 from tlcli.progress import Progress, Silent
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class Entry:
         Raises:
             StorageError: The folder cannot be read.
         """
-        with storage_errors("read", self.directory):
+        with cache_errors("read", self.directory):
             self._scan()
         return set(self._index)
 
@@ -149,7 +149,7 @@ class Entry:
             )
         flat = out.reshape(len(keys), math.prod(shape[1:])).view(np.uint8)
         pending = np.arange(len(keys))
-        with storage_errors("read", self.directory):
+        with cache_errors("read", self.directory):
             attempts = 0
             while attempts < READ_ATTEMPTS + len(self._order):  # each shard may have a damaged copy of a row
                 pending = self._read_known(keys, pending, flat)
@@ -308,7 +308,7 @@ class Entry:
             StorageError: The folder or a shard cannot be opened.
         """
         progress = progress or Silent()
-        with storage_errors("verify", self.directory):
+        with cache_errors("verify", self.directory):
             with suppress(OSError):  # of a cache that may only be read
                 self._remove_temporaries()
             self._scan()
@@ -350,7 +350,7 @@ class Entry:
             flush_seconds: Or when the oldest has waited this long.
             clock: Monotonic seconds.
         """
-        with storage_errors("clean", self.directory):
+        with cache_errors("clean", self.directory):
             self._remove_temporaries()
         publish = functools.partial(self._publish, environment(env))
         return Writer(self.row_format, publish, guard, flush_bytes, (flush_seconds, clock))
@@ -363,7 +363,7 @@ class Entry:
                 files.remove_tree(path)
 
     def _publish(self, env: str, keys: Bytes2D, rows: Bytes2D) -> str:
-        with storage_errors("write features to", self.directory, rows.nbytes):
+        with cache_errors("write features to", self.directory, rows.nbytes):
             try:
                 name = self._write(env, keys, rows)
             except FileNotFoundError:  # the entry or the temporary was pruned meanwhile: once more
@@ -424,7 +424,7 @@ def read_spec(directory: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise files.storage_error("read", path, error) from error
+        raise cache_error("read", path, error) from error
     try:
         spec = json.loads(text)
         schema, key = spec["schema"], entry_key(spec)

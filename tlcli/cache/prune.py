@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from tlcli.cache.entry import TAG, last_used
+from tlcli.cache.errors import cache_errors
 from tlcli.cache.shard import Shard
 from tlcli.cache.store import Store, Summary
 from tlcli.cache.writer import FLUSH_BYTES
 from tlcli.errors import StorageError, UsageError
 from tlcli.machine import files
-from tlcli.machine.files import storage_errors
 from tlcli.progress import Progress, Silent
 
 GRACE_SECONDS = 600.0  # how long trash is kept
@@ -89,7 +89,7 @@ def plan_prune(
         StorageError: The folder is no cache of tlcli, or cannot be read.
     """
     now = clock()
-    with storage_errors("plan the pruning of", store.root):
+    with cache_errors("plan the pruning of", store.root):
         if not store.entries_dir.exists() and not store.trash_dir.exists():
             return PrunePlan()
         _check_tagged(store)
@@ -150,11 +150,11 @@ def execute_prune(
     progress = progress or Silent()
     progress.start("prune", len(plan.removed) + len(plan.retired) + len(plan.compacted), unit="items")
     for item in plan.removed:  # first, since merging needs space
-        with storage_errors("remove", item.path):
+        with cache_errors("remove", item.path):
             files.remove_tree(item.path)
         progress.advance()
     for item in plan.retired:
-        with storage_errors("read", item.path):
+        with cache_errors("read", item.path):
             used = last_used(item.path)
         if clock() - used >= IN_USE_SECONDS:  # it may have been used since the plan
             _retire(store, item.path, clock())
@@ -177,7 +177,7 @@ def _compact(store: Store, key: str, names: set[str], now: float) -> None:
     shape, dtype = entry.row_format.shape, entry.row_format.numpy_dtype
     for env in sorted({shard.env for shard in small}):
         group = [shard for shard in small if shard.env == env]
-        with entry.writer(json.loads(env)) as writer, storage_errors("merge shards of", entry.directory):
+        with entry.writer(json.loads(env)) as writer, cache_errors("merge shards of", entry.directory):
             for shard in list(group):
                 keys = shard.row_keys()
                 try:
@@ -192,7 +192,7 @@ def _compact(store: Store, key: str, names: set[str], now: float) -> None:
 
 
 def _retire(store: Store, path: Path, now: float) -> None:
-    with storage_errors("move to the trash", path):
+    with cache_errors("move to the trash", path):
         files.make_folder(store.trash_dir)
         try:
             files.move(path, store.trash_dir / f"{int(now + GRACE_SECONDS)}-{uuid.uuid4().hex}")

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from tlcli.cache.entry import Entry, last_used, read_spec, tag_root
+from tlcli.cache.errors import cache_errors
 from tlcli.cache.key import SCHEMA, canonical_json, entry_key, explain
 from tlcli.cache.shard import Shard
 from tlcli.errors import StorageError, UsageError
 from tlcli.machine import files
-from tlcli.machine.files import storage_errors
 from tlcli.wording import size_text
 
 KEY_NAME = re.compile(r"[0-9a-f]{64}")
@@ -52,7 +52,7 @@ class Store:
         self.root = Path(root)
         self.min_free_bytes = min_free_bytes
         self.max_bytes = max_bytes
-        with storage_errors("use the cache folder", self.root), suppress(FileNotFoundError):
+        with cache_errors("use the cache folder", self.root), suppress(FileNotFoundError):
             status = os.stat(self.root)
             if not stat.S_ISDIR(status.st_mode):
                 raise StorageError(
@@ -101,7 +101,7 @@ class Store:
 
     def all_keys(self) -> list[str]:
         """Return the keys of all entries, sorted; unusable ones too, such as shards without a spec.json."""
-        with storage_errors("list", self.entries_dir):
+        with cache_errors("list", self.entries_dir):
             return [
                 folder.name
                 for group in files.subfolders(self.entries_dir)
@@ -127,7 +127,7 @@ class Store:
             problem = f"{len(found)} entries of the cache have" if found else "No entry of the cache has"
             raise UsageError(f"{problem} a key that begins with {prefix!r}.", hint="See `tlcli cache list`.")
         directory = self.directory(found[0])
-        with storage_errors("read", directory / "spec.json"):
+        with cache_errors("read", directory / "spec.json"):
             return Entry(self.root, directory, read_spec(directory), repair=repair)
 
     def entries(self) -> list["Summary"]:
@@ -144,7 +144,7 @@ class Store:
             spec, num_rows, shards = entry.spec, len(entry.rows()), entry.shards()
         except (StorageError, UsageError) as error:
             problem = error.message
-        with storage_errors("read", directory):
+        with cache_errors("read", directory):
             used = last_used(directory)
             return Summary(key, spec, problem, num_rows, shards, files.tree_bytes(directory), used)
 
@@ -155,7 +155,7 @@ class Store:
 
     def num_bytes(self) -> int:
         """Return the bytes of all entries, quarantined files included and trash excluded."""
-        with storage_errors("read", self.root):
+        with cache_errors("read", self.root):
             return files.tree_bytes(self.entries_dir)
 
     def check_space(self, num_bytes: int) -> None:
@@ -194,7 +194,7 @@ class Store:
     def _disk_bytes(self) -> int:
         """Return the bytes that the disk has free without the reserve."""
         existing = self.root
-        with storage_errors("measure free space for", self.root):
+        with cache_errors("measure free space for", self.root):
             while not existing.exists():
                 existing = existing.parent
             status = os.statvfs(existing)
@@ -206,7 +206,7 @@ class Store:
         Raises:
             StorageError: It cannot be made or written.
         """
-        with storage_errors("write in the cache folder", self.root):
+        with cache_errors("write in the cache folder", self.root):
             tag_root(self.root)
             files.make_folder(self.entries_dir)
 

@@ -146,10 +146,10 @@ def prune(out: Output, config: CachePruneConfig) -> None:
     """Delete old entries, merge small shards, and empty the trash."""
     from tlcli.cache.prune import GRACE_SECONDS, execute_prune, plan_prune
     from tlcli.cache.store import Store
-    from tlcli.wording import parse_age, parse_size, size_text
+    from tlcli.wording import size_text
 
-    age = None if config.older_than is None else parse_age(config.older_than)
-    size = None if config.max_size is None else parse_size(config.max_size)
+    age = config.parsed("older_than")
+    size = config.parsed("max_size")
     store = Store(paths.features_dir())
     plan = plan_prune(store, age, size)
     if not out.dry_run:

@@ -12,7 +12,6 @@ from tlcli.config.commands import DataCheckConfig, DataPreviewConfig, DataSplitC
 from tlcli.config.data import AugmentOptions
 from tlcli.config.fields import long_name
 from tlcli.errors import DataError
-from tlcli.machine import paths
 from tlcli.wording import printable
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def check(out: Output, config: DataCheckConfig) -> None:
     from tlcli.machine.device import torch_threads
 
     dataset = scan(config)
-    workers = config.workers or paths.default_workers()
+    workers = config.num_workers
     if config.isolate is not None:
         examined = examine_isolated(dataset.samples, workers, out.progress, seconds=config.isolate)
     else:
@@ -79,7 +78,7 @@ def split(out: Output, config: DataSplitConfig) -> None:
     for warning in dataset.warnings:
         logging.getLogger(__name__).warning(warning)
     samples = dataset.samples
-    fingerprints = fingerprint(samples, config.workers or paths.default_workers(), out.progress)
+    fingerprints = fingerprint(samples, config.num_workers, out.progress)
     splits = assign_splits(
         samples, fingerprints, val_fraction=config.val_fraction, split_seed=config.split_seed
     )
@@ -135,7 +134,7 @@ def preview(out: Output, config: DataPreviewConfig) -> None:
 
     check_picture_path(config)
     with torch_threads(1):
-        made = make_preview(config, config.workers or paths.default_workers(), out.progress)
+        made = make_preview(config, config.num_workers, out.progress)
     write_picture(draw_sheet(made, config.data or ""), config.output)
     policy = made.policy
     document = {

@@ -33,8 +33,6 @@ PANELS = {
     TrainingOptions: "Training of the backbone",
 }
 
-LARGEST = 2**63 - 1  # what a generator takes as its seed; numbers beyond are of no use to any option
-
 interrupting_signal = 2  # set by the handler of app.py; SIGINT unless a SIGTERM came
 
 
@@ -64,7 +62,6 @@ def command(
                 dry_run=values.pop("dry_run", False),
             )
             values.pop("config")
-            _check_values(config_type, values)
             plain = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
             try:
                 function(out, config_type(**plain))
@@ -95,31 +92,6 @@ def command(
         return run
 
     return decorate
-
-
-def _check_values(config_type: type, values: dict[str, Any]) -> None:
-    """Refuse numbers out of range, NaN and infinity among them, and empty text.
-
-    Empty text is what an unset variable of a script leaves: `--weights "$WEIGHTS"` would silently use others.
-
-    Raises:
-        UsageError: A value is one of these.
-    """
-    for field in dataclasses.fields(config_type):
-        value, about = values[field.name], field.metadata
-        name = str(about["metavar"]) if about.get("argument") else f"--{long_name(field.name)}"
-        if isinstance(value, int | float):
-            low, high = about.get("minimum"), about.get("maximum")
-            low, high = -LARGEST if low is None else low, LARGEST if high is None else high
-            if not low <= value <= high:
-                raise UsageError(
-                    f"{name} {value} is out of range.", hint=f"Expected a number from {low} to {high}."
-                )
-        if "" in (value if isinstance(value, list | tuple) else [value]):
-            raise UsageError(
-                f"{name} is empty; expected {about['help'][0].lower()}{about['help'][1:]}",
-                hint="Leave it out, or check the variable that it comes from.",
-            )
 
 
 def _fields(config_type: type) -> list[inspect.Parameter]:

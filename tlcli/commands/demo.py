@@ -13,8 +13,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -35,7 +34,8 @@ from tlcli.config.commands import (
     RecommendConfig,
     ReportConfig,
 )
-from tlcli.errors import StorageError, UsageError
+from tlcli.errors import UsageError
+from tlcli.machine import files
 from tlcli.metrics.evaluation import headline
 from tlcli.metrics.intervals import wilson_interval
 from tlcli.metrics.significance import SIGNIFICANT, compare
@@ -465,16 +465,11 @@ def _prepare(plan: DemoPlan) -> None:
 def _mark(folder: Path, status: str) -> None:
     document = {"schema": MARKER_SCHEMA, "status": status, "tlcli_version": __version__}
     with _writing(folder):
-        (folder / MARKER).write_text(json.dumps(document) + "\n", encoding="utf-8")
+        files.publish(folder / MARKER, [json.dumps(document).encode("ascii") + b"\n"])
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _writing(folder: Path) -> AbstractContextManager[None]:
     """Turn an OSError of the block into a StorageError about the demo's folder."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"Cannot write the demo in {str(folder)!r}: {error.strerror or error}.",
-            hint="Choose a folder that can be written with -o.",
-        ) from error
+    return files.storage_errors(
+        "write the demo in", folder, hint="Choose a folder that can be written with -o."
+    )

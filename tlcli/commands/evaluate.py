@@ -19,12 +19,10 @@ from tlcli.features.extractor import Extractor
 from tlcli.features.outcome import Outcome
 from tlcli.features.plan import FeaturePlan, compute_features, plan_features, read_rows
 from tlcli.heads.head import Head
-from tlcli.machine import paths
 from tlcli.metrics.evaluation import STORED_MISTAKES, Evaluation, measure
 from tlcli.progress import Progress
 from tlcli.runs.results import write_evaluation
 from tlcli.runs.run import Run, open_run
-from tlcli.wording import parse_size
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +51,7 @@ def plan_evaluate(config: EvaluateConfig, progress: Progress) -> tuple[Run, Feat
             logger.warning(
                 "the run's epoch was chosen on %s, so its accuracy there flatters it a little", config.split
             )
-    workers = config.workers or paths.default_workers()
+    workers = config.num_workers
     collection = _split_of(config, run, workers, progress)
     dtype = run.facts["dtype"]["name"] if config.dtype == "auto" else config.dtype
     # A tuned network's features serve this run alone: they are kept only when asked, and as plain vectors.
@@ -63,7 +61,7 @@ def plan_evaluate(config: EvaluateConfig, progress: Progress) -> tuple[Run, Feat
     extractor = Extractor(run.backbone(), device=config.device, dtype=dtype, cache_dtype=stored_as)
     return run, plan_features(
         collection, extractor, cache=cache, workers=workers, max_bad=config.max_bad,
-        max_bytes=parse_size(config.cache_max_size),
+        max_bytes=config.cache_max_bytes,
     )  # fmt: skip
 
 

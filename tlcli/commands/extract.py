@@ -11,9 +11,8 @@ from tlcli.errors import UsageError
 from tlcli.features.export import export
 from tlcli.features.outcome import Outcome
 from tlcli.features.plan import FeaturePlan, compute_features, make_extractor, plan_features
-from tlcli.machine import paths, processes
+from tlcli.machine import processes
 from tlcli.progress import Progress
-from tlcli.wording import parse_size
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ def plan_extract(config: ExtractConfig, progress: Progress) -> FeaturePlan:
             f"Output {config.output!r} cannot be written: expected the name of a file in an existing folder.",
             hint="Make the folder first, or choose another name.",
         )
-    workers = config.workers or paths.default_workers()
+    workers = config.num_workers
     collection = collect(config, workers, progress)
     num_views = config.views or 1
     policy = None
@@ -48,7 +47,7 @@ def plan_extract(config: ExtractConfig, progress: Progress) -> FeaturePlan:
     extractor = make_extractor(load_backbone(config), config, policy=policy)
     return plan_features(
         collection, extractor, cache=config.cache, workers=workers, max_bad=config.max_bad,
-        num_views=num_views, max_bytes=parse_size(config.cache_max_size),
+        num_views=num_views, max_bytes=config.cache_max_bytes,
     )  # fmt: skip
 
 
@@ -64,5 +63,5 @@ def extract(config: ExtractConfig, plan: FeaturePlan, progress: Progress) -> Out
         return Outcome()  # rows in memory are of use to the process that exports them alone
     features = compute_features(plan, progress, bad_images_path=bad_images_path)
     if output and processes.is_main():
-        export(plan, features.bad_images, output)
+        export(plan, features, output)
     return features

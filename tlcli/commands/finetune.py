@@ -32,7 +32,7 @@ from tlcli.features.plan import (
     read_rows,
 )
 from tlcli.heads.fit import FittedHead, fit_head
-from tlcli.machine import paths, processes
+from tlcli.machine import processes
 from tlcli.metrics.evaluation import STORED_MISTAKES, Evaluation, headline, measure
 from tlcli.metrics.intervals import wilson_interval
 from tlcli.progress import Progress
@@ -44,7 +44,6 @@ from tlcli.training import plan as tuning
 from tlcli.training.backbone import TrainedBackbone, train_backbone
 from tlcli.training.checkpoints import Checkpoints
 from tlcli.training.plan import TrainingPlan
-from tlcli.wording import parse_size
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class FinetunePlan:
         if self.tuning is not None:
             facts |= self.tuning.facts()
         else:
-            hidden = self.config.hidden_sizes()
+            hidden = self.config.hidden_sizes
             head = f"mlp {' x '.join(map(str, hidden))}" if hidden else "linear, 48 in one job"
             facts["heads"] = f"{head}, chosen by {self.config.folds}-fold cross-validation inside train"
         return {**facts, "run": str(self.run_dir)}
@@ -135,7 +134,7 @@ def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
     started = time.perf_counter()
     scenario = config.resolved_scenario()
     check_run_dir(config)
-    workers = config.workers or paths.default_workers()
+    workers = config.num_workers
     collection = _without_test(collect(config, workers, progress))
     config = _absolute(config)
     plan = None
@@ -143,7 +142,7 @@ def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
         extractor = make_extractor(load_backbone(config), dataclasses.replace(config, freeze="all"))
         features: FeaturePlan | None = plan_features(
             collection, extractor, cache=config.cache, workers=workers, max_bad=config.max_bad,
-            max_bytes=parse_size(config.cache_max_size),
+            max_bytes=config.cache_max_bytes,
         )  # fmt: skip
     else:
         plan = tuning.plan_training(config, collection, run_to_continue(config))
@@ -322,7 +321,7 @@ def _majority_class(train: Collection) -> int:
 
 def _fitted_facts(config: FinetuneConfig, fitted: FittedHead, train: Collection) -> dict[str, Any]:
     """Return what a head on frozen features is; metrics are cross-validation's, until val is measured."""
-    kind = "mlp" if config.hidden_sizes() else "linear"
+    kind = "mlp" if config.hidden_sizes else "linear"
     head = {
         "kind": kind,
         "chosen": fitted.chosen,
@@ -340,7 +339,7 @@ def _tuned_facts(plan: FinetunePlan, tuned: TrainedBackbone) -> dict[str, Any]:
     selected_on = "val" if recipe.select_on_val else None
     training = {**tuned.document(), "selected_on": selected_on}
     head = {
-        "kind": "mlp" if plan.config.hidden_sizes() else "linear",
+        "kind": "mlp" if plan.config.hidden_sizes else "linear",
         "chosen": {"lr": tuned.trained.lr, "epochs": len(tuned.trained.history)},
         "cv": None, "refit": False, "selected_on": selected_on,
     }  # fmt: skip

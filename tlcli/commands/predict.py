@@ -11,7 +11,6 @@ from tlcli.data.dataset import Sample
 from tlcli.data.folders import find_images
 from tlcli.errors import DataError, UsageError
 from tlcli.features.extractor import Extractor
-from tlcli.machine import paths
 from tlcli.runs.run import Run, open_run
 
 
@@ -100,7 +99,7 @@ def predict(config: PredictConfig, lines: Iterable[str] = ()) -> Iterator[Predic
             "IMAGES are missing.", hint="Name files or folders, or - for paths on standard input."
         )
     predictor = Predictor(run, device=config.device, dtype=config.dtype)
-    workers = config.workers or paths.default_workers()
+    workers = config.num_workers
     count = 0
     good = False
     for prediction in predictor.predict(_samples(config.images, lines), top=config.top, workers=workers):

@@ -1,9 +1,12 @@
 """Options of the backbone: which network, its images, how its features are computed and kept."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from tlcli.config.fields import option
+from tlcli.config.fields import HasCacheLimit, HasWorkers, Options, option
+from tlcli.config.model_kwargs import parse_arguments
+from tlcli.errors import UsageError
+from tlcli.wording import parse_device, parse_size
 
 Device = str
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -32,8 +35,66 @@ class Preprocess:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
+# ---- what the texts stand for -----------------------------------------------------------------------------
+
+Origin = Literal["timm", "torchvision", "classic", "hf-hub", "local-dir", "bundled"]
+
+
+@dataclass(frozen=True)
+class BackboneName:
+    """A backbone's name, taken apart.
+
+    Attributes:
+        origin: Where its network and weights come from.
+        rest: The name there: timm's, torchvision's, a repository, a path.
+    """
+
+    origin: Origin
+    rest: str
+
+
+def parse_backbone(text: str, name: str = "--backbone") -> BackboneName:
+    """Return what a backbone's name says about where it comes from; whether it is there is not looked up.
+
+    Raises:
+        UsageError: It has a prefix that does not exist.
+    """
+    if text == "bundled":
+        return BackboneName("bundled", text)
+    for origin in get_args(Origin):
+        mark = {"local-dir": ":", "hf-hub": ":", "torchvision": "/", "classic": "/"}.get(origin)
+        if mark and text.startswith(prefix := origin + mark) and len(text) > len(prefix):
+            return BackboneName(origin, text.removeprefix(prefix))
+    if any(sign in text for sign in "/\\:"):
+        hint = f"For a folder write local-dir:{text}; for a hub repository hf-hub:{text}."
+        if text.startswith(("torchvision", "timm/", "timm:")):
+            hint = "Write torchvision/NAME for torchvision, and the bare name for timm."
+        raise UsageError(f"{name} {text!r} is not a timm model name.", hint=hint)
+    return BackboneName("timm", text)
+
+
+def parse_freeze(text: str, name: str = "--freeze") -> int | Literal["all"]:
+    """Return what `--freeze` says: a number of units (`none` is 0), or `all`.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    word = str(text).strip().lower()
+    if word == "all":
+        return "all"
+    if word != "none" and not (word.isascii() and word.isdigit()):
+        raise UsageError(
+            f"{name} takes all, none, or a number of units; got {text!r}.",
+            hint="`tlcli backbones show B` lists the units of a backbone.",
+        )
+    return 0 if word == "none" else int(word)
+
+
+# ---- groups of options, shared by commands ----------------------------------------------------------------
+
+
 @dataclass(frozen=True, kw_only=True)
-class BackboneOptions:
+class BackboneOptions(Options):
     """Which pretrained network, and how images are prepared for it."""
 
     backbone: str | None = option(
@@ -41,6 +102,7 @@ class BackboneOptions:
         "timm name (resnet50.a1_in1k), torchvision/NAME, classic/NAME, hf-hub:ORG/NAME, local-dir:PATH or "
         "bundled.",
         metavar="B",
+        parse=parse_backbone,
     )
     weights: str | None = option(
         None, "Weights for the named architecture: a .safetensors, .pth or .pt file.", metavar="FILE"
@@ -50,6 +112,7 @@ class BackboneOptions:
         None,
         "Arguments of the network: norm=every,activation=tanh for classic/lenet5, or what timm's own takes.",
         metavar="KEY=VALUE,...",
+        parse=parse_arguments,
     )
     image_size: int | None = option(
         None,
@@ -67,13 +130,21 @@ class BackboneOptions:
         None, "How images are resized; the backbone's own unless given."
     )
 
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """Return the arguments of the network that --model-kwargs gives."""
+        return dict(self.parsed("model_kwargs") or {})
+
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureOptions:
+class FeatureOptions(HasWorkers, HasCacheLimit, Options):
     """How features are computed and cached."""
 
     freeze: str | None = option(
-        None, "Freeze units 1..K, `all` or `none`; see `tlcli backbones show`.", metavar="K|all|none"
+        None,
+        "Freeze units 1..K, `all` or `none`; see `tlcli backbones show`.",
+        metavar="K|all|none",
+        parse=parse_freeze,
     )
     dtype: Literal["auto", "fp32", "bf16"] = option(
         "auto", "Compute type of the frozen prefix; auto is bf16 where the processor is fast at it."
@@ -89,9 +160,10 @@ class FeatureOptions:
         "Refuse work that would grow the cache beyond this, before it begins; lower it on a shared disk, "
         "raise it for many views of large maps.",
         metavar="SIZE",
+        parse=parse_size,
     )
     device: Device = option(
-        "auto", "auto, cpu, cuda, cuda:0 or mps.", envvar="TLCLI_DEVICE", metavar="DEVICE"
+        "auto", "auto, cpu, cuda, cuda:0 or mps.", envvar="TLCLI_DEVICE", metavar="DEVICE", parse=parse_device
     )
     workers: int | None = option(
         None,
@@ -101,3 +173,9 @@ class FeatureOptions:
         minimum=1,
         maximum=256,
     )
+
+    @property
+    def frozen_units(self) -> int | Literal["all"] | None:
+        """Return the number of units that --freeze names, or `all`; None where it is not given."""
+        found: int | Literal["all"] | None = self.parsed("freeze")
+        return found

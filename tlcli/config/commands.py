@@ -7,12 +7,11 @@ from typing import Literal
 
 from tlcli.config.backbone import BackboneOptions, CacheMode, Device, FeatureOptions
 from tlcli.config.data import AugmentOptions, DataOptions, Split
-from tlcli.config.fields import argument, long_name, option, same
+from tlcli.config.fields import HasCacheLimit, HasWorkers, Options, argument, long_name, option, same
 from tlcli.config.head import HeadOptions
 from tlcli.config.training import Scenario, TrainingOptions
 from tlcli.errors import UsageError
-
-# ---- one configuration a command --------------------------------------------------------------------------
+from tlcli.wording import parse_age, parse_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +26,7 @@ class ExtractConfig(AugmentOptions, FeatureOptions, BackboneOptions, DataOptions
     )
     overwrite: bool = option(False, "Replace an existing output file.")
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse an export format that does not exist."""
         if self.output and Path(self.output).suffix not in {".safetensors", ".npz", ".csv"}:
             raise UsageError(
@@ -58,13 +57,12 @@ class FinetuneConfig(
         False, "Continue the unfinished run in -o from its newest checkpoint; starts it where there is none."
     )
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse contradictions that need no data.
 
         Raises:
             UsageError: Options contradict each other.
         """
-        HeadOptions.__post_init__(self)
         if self.resume and self.overwrite:
             raise UsageError("--resume and --overwrite contradict each other.", hint="Leave one of them out.")
         if self.resume and not self.output:
@@ -89,16 +87,16 @@ class FinetuneConfig(
         Raises:
             UsageError: --scenario and --freeze contradict each other.
         """
-        freeze = None if self.freeze is None else self.freeze.strip().lower()
-        implied: Scenario = "full" if freeze in {"none", "0"} else "freeze"
-        if freeze in {None, "all"}:
+        frozen = self.frozen_units
+        implied: Scenario = "full" if frozen == 0 else "freeze"
+        if frozen in {None, "all"}:
             implied = "feature-extraction"
         scenario = self.scenario or implied
         allowed = {
-            "feature-extraction": freeze in {None, "all"},
-            "freeze": implied == "freeze" or freeze is None,
-            "full": freeze in {None, "none", "0"},
-            "scratch": freeze in {None, "none", "0"},
+            "feature-extraction": frozen in {None, "all"},
+            "freeze": implied == "freeze" or frozen is None,
+            "full": frozen in {None, 0},
+            "scratch": frozen in {None, 0},
         }
         if not allowed[scenario]:
             hint = {"feature-extraction": "It freezes all.", "freeze": "It takes a number, --freeze K.",
@@ -111,7 +109,7 @@ class FinetuneConfig(
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(HasWorkers, HasCacheLimit, Options):
     """`tlcli evaluate`."""
 
     run: str | None = argument(None, "Run directory that `tlcli finetune` wrote.", "RUN")
@@ -131,7 +129,7 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig:
+class PredictConfig(HasWorkers, Options):
     """`tlcli predict`."""
 
     run: str | None = argument(None, "Run directory that `tlcli finetune` wrote.", "RUN")
@@ -146,7 +144,7 @@ class PredictConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig:
+class ReportConfig(Options):
     """`tlcli report`."""
 
     run: str | None = argument(None, "Run directory that `tlcli finetune` wrote.", "RUN")
@@ -160,7 +158,7 @@ class ReportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecommendConfig:
+class RecommendConfig(Options):
     """`tlcli recommend`."""
 
     size: Literal["small", "large"] | None = option(None, "Size of your data set.")
@@ -171,7 +169,7 @@ class RecommendConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig:
+class DemoConfig(HasWorkers, Options):
     """`tlcli demo`."""
 
     output: str = option(
@@ -183,7 +181,7 @@ class DemoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataPreviewConfig(AugmentOptions, DataOptions):
+class DataPreviewConfig(HasWorkers, AugmentOptions, DataOptions):
     """`tlcli data preview`."""
 
     image_size: int = option(
@@ -201,7 +199,7 @@ class DataPreviewConfig(AugmentOptions, DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataCheckConfig(DataOptions):
+class DataCheckConfig(HasWorkers, DataOptions):
     """`tlcli data check`."""
 
     workers: int | None = same(FeatureOptions, "workers")
@@ -215,7 +213,7 @@ class DataCheckConfig(DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSplitConfig(DataOptions):
+class DataSplitConfig(HasWorkers, DataOptions):
     """`tlcli data split`."""
 
     workers: int | None = same(FeatureOptions, "workers")
@@ -226,7 +224,7 @@ class DataSplitConfig(DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackbonesListConfig:
+class BackbonesListConfig(Options):
     """`tlcli backbones list`."""
 
     pattern: str | None = argument(None, "Part of a name, or a glob such as 'resnet*'.", "PATTERN")
@@ -240,7 +238,7 @@ class BackbonesListConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackbonesShowConfig:
+class BackbonesShowConfig(Options):
     """`tlcli backbones show`."""
 
     backbone: str | None = argument(None, "Backbone, spelled as for --backbone.", "NAME")
@@ -253,19 +251,19 @@ class BackbonesShowConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheListConfig:
+class CacheListConfig(Options):
     """`tlcli cache list`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheShowConfig:
+class CacheShowConfig(Options):
     """`tlcli cache show`."""
 
     key: str | None = argument(None, "Entry key, or its unambiguous beginning.", "KEY")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheVerifyConfig:
+class CacheVerifyConfig(Options):
     """`tlcli cache verify`."""
 
     key: str | None = argument(None, "Entry key, or its beginning; every entry unless given.", "KEY")
@@ -273,14 +271,15 @@ class CacheVerifyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachePruneConfig:
+class CachePruneConfig(Options):
     """`tlcli cache prune`."""
 
     older_than: str | None = option(
-        None, "Delete entries not used for this long: 30d, 12h, 45m.", metavar="AGE"
+        None, "Delete entries not used for this long: 30d, 12h, 45m.", metavar="AGE", parse=parse_age
     )
     max_size: str | None = option(
         None,
         "Delete least recently used entries until the cache is at most this: 20GB, 500MB.",
         metavar="SIZE",
+        parse=parse_size,
     )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from tlcli.config.fields import argument, option
+from tlcli.config.fields import Options, argument, option
 
 Split = Literal["train", "val", "test"]
 
@@ -12,7 +12,7 @@ Split = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class DataOptions(Options):
     """Where the images are and how they are split."""
 
     data: str | None = argument(
@@ -45,7 +45,7 @@ Augment = Literal["auto", "none", "light", "medium", "strong", "randaugment", "t
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentOptions:
+class AugmentOptions(Options):
     """How training images are varied. A preset sets every value; an option given beside it wins."""
 
     augment: Augment = option(

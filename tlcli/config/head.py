@@ -1,21 +1,72 @@
 """Options of the head: what it is, and the grid that it is chosen from."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from tlcli.config.fields import grid, option
+from tlcli.config.fields import Options, option
 from tlcli.errors import UsageError
+from tlcli.wording import parse_numbers
 
 SCALINGS = ("plain", "standardised", "l2-normalised")
+MAX_HIDDEN = 65_536
+
+
+def parse_head(text: str, name: str = "--head") -> tuple[int, ...]:
+    """Return the hidden sizes of an MLP head, or () for a linear one.
+
+    Raises:
+        UsageError: `text` is neither `linear` nor `mlp:` with positive whole numbers.
+    """
+    if text == "linear":
+        return ()
+    kind, _, sizes = text.partition(":")
+    try:
+        hidden = tuple(int(size) for size in sizes.split(","))
+    except ValueError:
+        hidden = ()
+    if kind != "mlp" or not hidden or min(hidden) < 1 or max(hidden) > MAX_HIDDEN:
+        raise UsageError(
+            f"{name} {text!r} is not a head.", hint="Expected linear, or mlp:512 or mlp:1024,256."
+        )
+    return hidden
+
+
+def parse_scalings(text: str, name: str = "--scaling") -> tuple[str, ...]:
+    """Return the scalings that linear heads are tried with, each once.
+
+    Raises:
+        UsageError: One of them does not exist.
+    """
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if unknown := [part for part in names if part not in SCALINGS]:
+        raise UsageError(
+            f"{name} {text!r}: {unknown[0]!r} is not a scaling.",
+            hint=f"Expected one or more of {', '.join(SCALINGS)}.",
+        )
+    return names
+
+
+def _auto_or_numbers(minimum: float, maximum: float) -> Callable[[str, str], tuple[float, ...] | None]:
+    """Return a parser of `auto`, which gives None, or a grid of numbers in [minimum, maximum]."""
+
+    def parse(text: str, name: str) -> tuple[float, ...] | None:
+        return None if text == "auto" else parse_numbers(text, name, minimum=minimum, maximum=maximum)
+
+    return parse
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadOptions:
+class HeadOptions(Options):
     """The classifier trained on the features."""
 
     head: str = option(
-        "linear", "linear (a grid of 48, solved exactly) or mlp:H1,H2,... (hidden sizes).", metavar="HEAD"
+        "linear",
+        "linear (a grid of 48, solved exactly) or mlp:H1,H2,... (hidden sizes).",
+        metavar="HEAD",
+        parse=parse_head,
     )
     folds: int = option(5, "Cross-validation folds inside train that choose the head.", minimum=2, maximum=20)
     class_weights: Literal["none", "balanced"] = option(
@@ -29,12 +80,16 @@ class HeadOptions:
         maximum=0.9,
     )
     l2: str = option(
-        "auto", "Comma-separated l2 penalties of the grid; auto spans the useful range.", metavar="GRID"
+        "auto",
+        "Comma-separated l2 penalties of the grid; auto spans the useful range.",
+        metavar="GRID",
+        parse=_auto_or_numbers(0.0, 1e9),
     )
     scaling: str = option(
         ",".join(SCALINGS),
         "Comma-separated scalings of the features that linear heads are tried with.",
         metavar="NAMES",
+        parse=parse_scalings,
     )
     seed: int = option(0, "Seed of folds, initialisation and order.", minimum=0)
     refit: bool = option(
@@ -54,12 +109,14 @@ class HeadOptions:
         "Dropout rate before the classifier; a comma-separated grid for an MLP head on frozen features. "
         "Raise it when train accuracy runs away from val.",
         metavar="RATE|GRID",
+        parse=partial(parse_numbers, minimum=0.0, maximum=0.95),
     )
     lr: str | None = option(
         None,
         "Learning rate, or auto for a range test; a comma-separated grid for an MLP head on frozen features. "
         "Lower it when the loss jumps.",
         metavar="RATE|auto|GRID",
+        parse=_auto_or_numbers(1e-8, 10.0),
     )
     l1: float = option(
         0.0, "l1 penalty; makes weights exactly zero. Try 1e-5 where a sparse network is wanted.", minimum=0.0
@@ -92,50 +149,35 @@ class HeadOptions:
         maximum=1_000_000,
     )
 
+    @property
     def hidden_sizes(self) -> tuple[int, ...]:
-        """Return the hidden sizes of an MLP head, or () for a linear one.
+        """Return the hidden sizes of an MLP head, or () for a linear one."""
+        found: tuple[int, ...] = self.parsed("head")
+        return found
 
-        Raises:
-            UsageError: `head` is neither `linear` nor `mlp:` with positive whole numbers.
-        """
-        if self.head == "linear":
-            return ()
-        kind, _, sizes = self.head.partition(":")
-        try:
-            hidden = tuple(int(size) for size in sizes.split(","))
-        except ValueError:
-            hidden = ()
-        if kind != "mlp" or not hidden or min(hidden) < 1 or max(hidden) > 65_536:
-            raise UsageError(
-                f"--head {self.head!r} is not a head.", hint="Expected linear, or mlp:512 or mlp:1024,256."
-            )
-        return hidden
+    @property
+    def scalings(self) -> tuple[str, ...]:
+        """Return the scalings that linear heads are tried with."""
+        found: tuple[str, ...] = self.parsed("scaling")
+        return found
 
-    def __post_init__(self) -> None:
-        """Refuse a head or a grid that cannot be read."""
-        self.hidden_sizes()
-        self.tried_scalings()
-        if self.l2 != "auto":
-            grid(self.l2, "--l2", minimum=0.0)
-        if self.dropout is not None:
-            grid(self.dropout, "--dropout", minimum=0.0, maximum=0.95)
-        if self.lr is not None and self.lr != "auto":
-            grid(self.lr, "--lr", minimum=1e-8, maximum=10.0)
+    @property
+    def l2_values(self) -> tuple[float, ...] | None:
+        """Return the l2 penalties of the grid; None for `auto`."""
+        found: tuple[float, ...] | None = self.parsed("l2")
+        return found
 
-    def tried_scalings(self) -> tuple[str, ...]:
-        """Return the scalings that linear heads are tried with.
+    @property
+    def dropout_values(self) -> tuple[float, ...] | None:
+        """Return the dropout rates of the grid; None where none is given."""
+        found: tuple[float, ...] | None = self.parsed("dropout")
+        return found
 
-        Raises:
-            UsageError: One of them does not exist.
-        """
-        names = tuple(dict.fromkeys(name.strip() for name in self.scaling.split(",")))
-        unknown = [name for name in names if name not in SCALINGS]
-        if unknown:
-            raise UsageError(
-                f"--scaling {self.scaling!r}: {unknown[0]!r} is no scaling.",
-                hint=f"Expected one or more of {', '.join(SCALINGS)}.",
-            )
-        return names
+    @property
+    def lr_values(self) -> tuple[float, ...] | None:
+        """Return the learning rates of the grid; None where none is given, and for `auto`."""
+        found: tuple[float, ...] | None = self.parsed("lr")
+        return found
 
     def mlp_grid(self) -> "MlpGrid":
         """Return what an MLP head on frozen features is trained with, defaults filled in.
@@ -148,7 +190,7 @@ class HeadOptions:
                 "--lr auto is for training the backbone; an MLP head on frozen features tries a grid.",
                 hint="Leave --lr out, or write a grid such as --lr 0.0003,0.001.",
             )
-        given = {item.name: getattr(self, item.name) for item in dataclasses.fields(MlpGrid)}
+        given = {item.name: self.parsed(item.name) for item in dataclasses.fields(MlpGrid)}
         return MlpGrid(**{name: value for name, value in given.items() if value is not None})
 
 
@@ -156,8 +198,8 @@ class HeadOptions:
 class MlpGrid:
     """Defaults of an MLP head on frozen features; fields as in HeadOptions."""
 
-    dropout: str = "0,0.5"
-    lr: str = "0.0003,0.001,0.003"
+    dropout: tuple[float, ...] = (0.0, 0.5)
+    lr: tuple[float, ...] = (0.0003, 0.001, 0.003)
     epochs: int = 100
     patience: int = 10
     batch_size: int = 256

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from tlcli.config.fields import option
+from tlcli.config.fields import Options, option
 
 Scenario = Literal["feature-extraction", "freeze", "full", "scratch"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
+class TrainingOptions(Options):
     """How the backbone's trained units are trained (scenarios freeze, full and scratch).
 
     A default of None is filled in by training/recipe.py from the scenario and the size of the data.

@@ -1,11 +1,11 @@
 """Reading `--config FILE.yaml`: options by their long names, and nothing else that YAML can hold."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 from tlcli.config.fields import long_name
 from tlcli.errors import DataError, UsageError
+from tlcli.wording import did_you_mean, near_misses
 
 MAX_CONFIG_BYTES = 2**16
 _CONFIG_HINT = "Write one `option: value` a line, as in `val-fraction: 0.3`."
@@ -27,10 +27,8 @@ def read_config_file(path: str | Path, known: set[str]) -> dict[str, Any]:
     for key, value in _load_mapping(str(path)).items():
         name = str(key).replace("-", "_")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = (
-                f"Did you mean {long_name(near[0])}?" if near else "See the command's --help for its options."
-            )
+            near = [long_name(other) for other in near_misses(name, known, most=1)]
+            hint = did_you_mean(near).strip() or "See the command's --help for its options."
             raise UsageError(f"Configuration {str(path)!r} has an unknown option {str(key)!r}.", hint=hint)
         if name in options:
             raise UsageError(f"Configuration {str(path)!r} has {long_name(name)} twice.", hint=_CONFIG_HINT)

@@ -5,9 +5,7 @@ rows name, and whether they fit together, is the business of scan.py.
 """
 
 import codecs
-import contextlib
 import csv
-import difflib
 import io
 import os
 import re
@@ -16,10 +14,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tlcli.config.data import DataOptions
 from tlcli.data.dataset import SPLIT_NAMES, Dataset, Found, is_inside, make_dataset, own_classes
-from tlcli.errors import DataError, StorageError, UsageError
+from tlcli.errors import DataError, UsageError
+from tlcli.machine import files
+from tlcli.wording import near_misses
 
 DELIMITERS: Mapping[str, str] = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 MAX_RECORD_CHARACTERS = 2**20  # a record is one line, or several where a quoted cell holds line breaks
@@ -92,15 +93,11 @@ def read_listing(path: str, options: DataOptions) -> list[Row]:
             or cannot be parsed; with the line numbers, up to MAX_PROBLEMS of them.
         StorageError: The file cannot be read.
     """
-    try:
-        with open(path, "rb") as raw:
-            _check_encoding(path, raw.peek(4)[:4] if isinstance(raw, io.BufferedReader) else b"")
-            stream = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
-            return _parse(path, stream, options)
-    except OSError as error:
-        raise StorageError(
-            f"{path!r} cannot be read: {error.strerror}.", hint="Give yourself permission to read it."
-        ) from error
+    hint = "Give yourself permission to read it."
+    with files.storage_errors("read", path, hint=hint), open(path, "rb") as raw:
+        _check_encoding(path, raw.peek(4)[:4] if isinstance(raw, io.BufferedReader) else b"")
+        stream = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        return _parse(path, stream, options)
 
 
 def spreadsheet_cell(text: str) -> str:
@@ -161,25 +158,16 @@ def write_listing(path: str, rows: Sequence[Row], *, overwrite: bool) -> None:
     cells = [[getattr(row, name) for name in names] for row in rows]
     # csv quotes a carriage return by itself only where it also ends the lines with one.
     odd = any("\r" in cell for row in cells for cell in row)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "x", encoding="utf-8", errors="surrogateescape", newline="") as stream:
-            delimiter = DELIMITERS[os.path.splitext(path)[1].lower()]
-            writer = csv.writer(
-                stream,
-                delimiter=delimiter,
-                lineterminator="\n",
-                quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL,
-            )
-            writer.writerow(names)
-            writer.writerows(cells)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise StorageError(f"{path!r} cannot be written: {error.strerror}.") from error
+    delimiter = DELIMITERS[os.path.splitext(path)[1].lower()]
+    quoting: Literal[0, 1] = csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL
+    with (
+        files.storage_errors("write", path, hint=files.OUTPUT_HINT),
+        files.published(Path(path)) as temporary,
+        temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream,
+    ):
+        writer = csv.writer(stream, delimiter=delimiter, lineterminator="\n", quoting=quoting)
+        writer.writerow(names)
+        writer.writerows(cells)
 
 
 def not_utf8(text: str) -> bool:
@@ -290,7 +278,7 @@ def _column(path: str, header: list[str], delimiter: str, field: str, name: str)
                 f"{path!r} has {word} between its cells, expected {expected}.",
                 hint="Save it with commas as .csv, or with tabs as .tsv.",
             )
-    near = difflib.get_close_matches(name, header, n=1, cutoff=0.5)
+    near = near_misses(name, header, most=1, cutoff=0.5)
     flag = "--" + field.replace("_", "-")
     raise DataError(
         message,

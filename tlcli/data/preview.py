@@ -4,12 +4,12 @@ One row an image: what evaluation shows first, then augmented views, the very on
 same `view_seed` and the same geometry sees.
 """
 
-import contextlib
 import io
 import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,9 @@ from tlcli.data.decode import decode
 from tlcli.data.image_files import BadImage, DecodeError, read_bytes
 from tlcli.data.split import digest, map_threads
 from tlcli.errors import DataError, StorageError, UsageError
+from tlcli.machine import files
 from tlcli.progress import Progress
+from tlcli.wording import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -218,17 +220,8 @@ def write_picture(picture: "Image", path: str) -> None:
     """
     stream = io.BytesIO()
     picture.save(stream, "PNG")
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(stream.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise StorageError(f"{path!r} cannot be written: {error.strerror}.") from error
+    with files.storage_errors("write", path, hint=files.OUTPUT_HINT):
+        files.publish(Path(path), [stream.getvalue()])
 
 
 def _evenly(labels: Sequence[int]) -> list[int]:
@@ -261,10 +254,7 @@ def _font(size: int) -> "FreeTypeFont":
 
 def _fitting(draw: "ImageDraw", font: Any, text: str, width: int) -> str:
     """Return the text on one line, its end left out where it is too long."""
-    text = "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode()
-        for letter in text
-    )
+    text = printable(text)
     if draw.textlength(text, font) <= width:
         return text
     while text and draw.textlength(text + "…", font) > width:

@@ -5,7 +5,6 @@ everything is sorted by code point. Only names and links are looked at here; fil
 image_files.read_bytes.
 """
 
-import difflib
 import itertools
 import os
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from tlcli.data.dataset import LAYOUT_HINT, Dataset
 from tlcli.data.folders import scan_folder
 from tlcli.data.listing import DELIMITERS, scan_listing
 from tlcli.errors import DataError, UsageError
+from tlcli.wording import near_misses
 
 
 def scan(options: DataOptions, *, class_names: Sequence[str] | None = None) -> Dataset:
@@ -55,7 +55,7 @@ def _nearest(path: str) -> str:
         parent, name = os.path.split(parent)
     try:
         with os.scandir(parent) as entries:  # of a very large folder a part has to do
-            near = difflib.get_close_matches(name, [e.name for e in itertools.islice(entries, 5000)], n=1)
+            near = near_misses(name, (entry.name for entry in itertools.islice(entries, 5000)), most=1)
     except OSError:
         near = []
     if near:

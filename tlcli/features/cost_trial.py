@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tlcli.backbones.cut import earlier_cuts
 from tlcli.cache.entry import Entry
+from tlcli.cache.errors import cache_errors
 from tlcli.cache.key import RowKey
 from tlcli.cache.store import Store
 from tlcli.data.collection import Collection
@@ -31,7 +32,7 @@ from tlcli.features.extractor import PLAIN_VIEW, Extractor
 from tlcli.features.feature_store import FeatureStore
 from tlcli.machine import memory
 from tlcli.machine.device import torch_threads
-from tlcli.machine.files import opened, storage_errors
+from tlcli.machine.files import opened
 
 MAX_EARLIER = 3
 PAGE_CACHE_SHARE = 0.5  # of the memory that is left, for files
@@ -304,7 +305,7 @@ def disk_seconds(store: Store, spec: Mapping[str, Any], total_bytes: int) -> tup
         parent = parent.parent
     if not os.access(parent, os.W_OK):
         parent = Path(tempfile.gettempdir())
-    with storage_errors("write trial rows in", parent), tempfile.TemporaryDirectory(dir=parent) as folder:
+    with cache_errors("write trial rows in", parent), tempfile.TemporaryDirectory(dir=parent) as folder:
         entry = Store(Path(folder) / "trial").entry(spec)
         row_bytes = entry.row_format.row_bytes
         count = max(MIN_TRIAL_ROWS, min(MAX_TRIAL_ROWS, TRIAL_BYTES // row_bytes))

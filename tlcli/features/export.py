@@ -2,20 +2,20 @@
 
 import csv
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from tlcli.data.image_files import BadImage
 from tlcli.data.listing import spreadsheet_cell
 from tlcli.features.extractor import to_numpy
+from tlcli.features.outcome import Outcome
 from tlcli.features.plan import FeaturePlan, read_rows
+from tlcli.machine import files
 
 
-def export(plan: FeaturePlan, bad_images: Sequence[BadImage], output: Path) -> None:
+def export(plan: FeaturePlan, outcome: Outcome, output: Path) -> None:
     """Write the plain rows of a collection with file names, labels and splits, in the order of the names.
 
     Only view 0, with or without --views: one row an image is what other programs expect, and the other views
@@ -24,16 +24,24 @@ def export(plan: FeaturePlan, bad_images: Sequence[BadImage], output: Path) -> N
     safetensors: `features` [n, *row_shape], `labels` int64 [n] (-1 unknown), with JSON lists `files`,
     `class_names` and `splits` in the metadata. npz: the same as arrays (bf16 rows as float32). csv: a line an
     image: file, label, split, then the values of a row.
+
+    Args:
+        plan: Whose features were computed.
+        outcome: What `compute_features` gave.
+        output: The file; its name's ending chooses the format.
+
+    Raises:
+        StorageError: The disk refuses, or rows are lost from the cache.
     """
-    bad = {image.name for image in bad_images}
-    kept = [index for index, sample in enumerate(plan.collection.samples) if sample.name not in bad]
-    collection = plan.collection.select(kept)
+    collection = outcome.usable(plan.collection)
     rows = read_rows(plan, collection)
     names = [sample.name for sample in collection.samples]
     labels = np.array([-1 if s.label is None else s.label for s in collection.samples], np.int64)
     class_names = list(collection.dataset.class_names)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
+    with (
+        files.storage_errors("write", output, hint=files.OUTPUT_HINT),
+        files.published(output) as temporary,
+    ):
         if output.suffix == ".csv":
             _export_csv(temporary, rows, names, [class_names[label] for label in labels], collection.splits)
         elif output.suffix == ".npz":
@@ -43,15 +51,19 @@ def export(plan: FeaturePlan, bad_images: Sequence[BadImage], output: Path) -> N
                 np.savez(file, features=values, labels=labels, files=np.array(names),
                          splits=splits, class_names=np.array(class_names))  # fmt: skip
         else:
-            from safetensors.torch import save_file
-
             metadata = {"files": names, "class_names": class_names, "splits": collection.splits}
             tensors = {"features": rows, "labels": torch.from_numpy(labels)}
-            save_file(tensors, temporary, {key: json.dumps(value) for key, value in metadata.items()})
-            os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes 0600 whatever the umask
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+            _export_safetensors(temporary, tensors, {key: json.dumps(v) for key, v in metadata.items()})
+
+
+def _export_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # it has an exception of its own for a disk that refuses
+        raise OSError(str(error)) from error
 
 
 def _export_csv(
@@ -65,9 +77,3 @@ def _export_csv(
             writer.writerow(
                 [spreadsheet_cell(name), spreadsheet_cell(label), split, *(f"{value:.9g}" for value in row)]
             )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

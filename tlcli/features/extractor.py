@@ -30,7 +30,7 @@ from tlcli import __version__
 from tlcli.backbones import inference
 from tlcli.backbones.backbone import Backbone, state_sha256
 from tlcli.backbones.cut import Cut, cut_at
-from tlcli.backbones.units import parse_freeze, units
+from tlcli.backbones.units import num_frozen_units, units
 from tlcli.cache.key import SCHEMA, RowKey
 from tlcli.data.augment import Augmenter, AugmentPolicy
 from tlcli.data.dataset import Sample
@@ -99,8 +99,8 @@ class Extractor:
         self.device_choice: DeviceChoice = choose_device(device)
         self.device = self.device_choice.device
         size = backbone.preprocess.image_size
-        num_frozen_units = parse_freeze(freeze, len(units(backbone.model)))
-        self.cut: Cut = cut_at(backbone.model, num_frozen_units, size, node)
+        frozen = num_frozen_units(freeze, len(units(backbone.model)))
+        self.cut: Cut = cut_at(backbone.model, frozen, size, node)
         self.dtype_choice: DtypeChoice = choose_dtype(dtype, self.device)
         prefix_sha256 = state_sha256(self.cut.prefix)
         self._fast = inference.prepare(self.cut.prefix, size, self.dtype_choice.dtype, self.device)

@@ -1,6 +1,7 @@
 """What became of the images whose features were wanted: reused, computed, skipped."""
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from tlcli.data.collection import Collection
 from tlcli.data.image_files import BadImage
 from tlcli.data.listing import spreadsheet_cell
+from tlcli.machine import files
 
 
 @dataclass
@@ -58,8 +60,14 @@ class Outcome:
 
 
 def write_bad_images(path: Path, bad_images: Sequence[BadImage]) -> None:
-    """Write the skipped images as CSV: file (as `spreadsheet_cell` has it), reason."""
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["file", "reason"])
-        writer.writerows((spreadsheet_cell(image.name), image.reason) for image in bad_images)
+    """Write the skipped images as CSV: file (as `spreadsheet_cell` has it), reason.
+
+    Raises:
+        StorageError: The disk refuses.
+    """
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["file", "reason"])
+    writer.writerows((spreadsheet_cell(image.name), image.reason) for image in bad_images)
+    with files.storage_errors("write", path, hint=files.OUTPUT_HINT):
+        files.publish(path, [table.getvalue().encode("utf-8", "surrogateescape")])

@@ -25,7 +25,7 @@ from tlcli.errors import CheckFailed, StorageError
 from tlcli.features.extractor import Extractor, Views
 from tlcli.features.feature_store import FeatureStore
 from tlcli.features.outcome import Outcome, write_bad_images
-from tlcli.machine import paths, processes
+from tlcli.machine import processes
 from tlcli.progress import Progress, Silent
 from tlcli.wording import size_text
 
@@ -292,7 +292,7 @@ def check_images(
     Raises:
         DataError: More than --max-bad of the images cannot be used, or a class lost all of them.
     """
-    workers = config.workers or paths.default_workers()
+    workers = config.num_workers
     examined = examine(collection.samples, workers, progress)
     progress.finish()
     bad = [

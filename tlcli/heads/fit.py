@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tlcli.config.fields import grid
 from tlcli.config.head import HeadOptions
 from tlcli.data.folds import assign_folds
 from tlcli.errors import DataError
@@ -116,7 +115,7 @@ def fit_head(
     _check(features, labels, num_classes)
     task = _task(features, labels, num_classes, options, groups, torch.device(device))
     progress = progress or Silent()
-    fitted = (_fit_mlp if options.hidden_sizes() else _fit_linear)(task, options, progress)
+    fitted = (_fit_mlp if options.hidden_sizes else _fit_linear)(task, options, progress)
     fitted.cv["folds"] = task.num_folds
     return FittedHead(
         fitted.head, fitted.chosen, fitted.cv, fitted.table, time.perf_counter() - started, fitted.curve
@@ -174,7 +173,7 @@ def _task(
         )
     if not _fits(features, device):
         logger.info("the features do not fit on %s: linear heads run on the CPU, MLPs in minibatches", device)
-        device = device if options.hidden_sizes() else torch.device("cpu")
+        device = device if options.hidden_sizes else torch.device("cpu")
         home = torch.device("cpu")
     smoothing = options.label_smoothing or 0.0
     one_hot = torch.nn.functional.one_hot(labels.long().cpu(), num_classes).T.float()
@@ -258,13 +257,13 @@ def _finite(value: Tensor) -> float | None:
 
 def _fit_linear(task: Task, options: HeadOptions, progress: Progress) -> FittedHead:
     """Cross-validate the linear grid, choose, and solve the chosen head on all rows."""
-    l2 = AUTO_L2 if options.l2 == "auto" else grid(options.l2, "--l2", minimum=0.0)
+    l2 = options.l2_values or AUTO_L2
     if not task.num_folds:
         value = FALLBACK_L2 if options.l2 == "auto" else l2[len(l2) // 2]
         basis = make_basis(task.features, "plain")
         chosen = {"scaling": "plain", "l2": value}
         return FittedHead(_solve_one(basis, task, value), chosen, dict(NO_SCORES), [], 0.0)
-    tried = options.tried_scalings()
+    tried = options.scalings
     l2, num_measured = _affordable(task, l2, fixed=options.l2 != "auto")
     members = [{"scaling": scaling, "l2": value} for scaling in tried for value in l2]
     progress.start("cross-validating heads", len(members), "heads")
@@ -372,14 +371,13 @@ def _fit_mlp(task: Task, options: HeadOptions, progress: Progress) -> FittedHead
 
     The final network trains for the median of the best epochs its folds found.
     """
-    l2 = AUTO_L2_MLP if options.l2 == "auto" else grid(options.l2, "--l2", minimum=0.0)
+    l2 = options.l2_values or AUTO_L2_MLP
     settings = options.mlp_grid()
-    rates = grid(settings.dropout, "--dropout", minimum=0.0, maximum=0.95)
     members = [
         {"lr": lr, "l2": penalty, "dropout": rate}
-        for lr in grid(settings.lr, "--lr", minimum=1e-8, maximum=10.0)
+        for lr in settings.lr
         for penalty in l2
-        for rate in rates
+        for rate in settings.dropout
     ]
     rows = TrainingRows(task.features, task.labels, task.targets, task.row_weights, task.folds)
     device = task.labels.device

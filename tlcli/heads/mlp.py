@@ -154,7 +154,7 @@ def train_mlps(
         progress: Advanced by one for every network finished.
     """
     device = rows.labels.device
-    sizes = (rows.features.shape[1], *options.hidden_sizes(), len(rows.targets))
+    sizes = (rows.features.shape[1], *options.hidden_sizes, len(rows.targets))
     weights = sum(fan_in * fan_out for fan_in, fan_out in itertools.pairwise(sizes))
     batch = min(options.mlp_grid().batch_size, len(rows.labels))
     each = 4 * (8 * weights + 8 * batch * sum(sizes[1:]) + 4 * len(rows.labels))

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tlcli.errors import DeviceError, UsageError
+from tlcli.errors import DeviceError
 from tlcli.machine import processes
+from tlcli.wording import parse_device
 
 
 @dataclass(frozen=True)
@@ -38,29 +39,23 @@ def choose_device(name: str = "auto") -> DeviceChoice:
         DeviceError: The named device is not there.
         UsageError: `name` is not a device.
     """
+    kind, number = parse_device(name)
     has_mps = torch.backends.mps.is_available()
-    if name == "auto":
+    if kind == "auto":
         if torch.cuda.is_available():
-            number = processes.local_rank() % max(1, torch.cuda.device_count())  # a GPU a process
+            number = processes.local_rank() % max(1, torch.cuda.device_count())  # one GPU per process
             return DeviceChoice(torch.device("cuda", number), f"found {torch.cuda.get_device_name(number)}")
         if has_mps:
             return DeviceChoice(torch.device("mps"), "found Apple's GPU")
         return DeviceChoice(torch.device("cpu"), "no GPU found")
-    kind, _, index = name.partition(":")
-    if kind not in {"cpu", "cuda", "mps"} or (index and (kind != "cuda" or not index.isdigit())):
-        raise UsageError(
-            f"--device {name!r} is not a device.", hint="Expected auto, cpu, cuda, cuda:0 or mps."
-        )
     count = torch.cuda.device_count()
-    if (kind == "cuda" and int(index or 0) >= count) or (kind == "mps" and not has_mps):
+    if (kind == "cuda" and number >= count) or (kind == "mps" and not has_mps):
         found = f"{count} CUDA devices" if count else "no GPU"
         raise DeviceError(
             f"--device {name}: there is no such device, this machine has {found}.",
             hint="Use --device auto or --device cpu.",
         )
-    return DeviceChoice(
-        torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind), "asked for"
-    )
+    return DeviceChoice(torch.device(kind, number) if kind == "cuda" else torch.device(kind), "asked for")
 
 
 def choose_dtype(name: str, device: torch.device) -> DtypeChoice:

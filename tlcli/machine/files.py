@@ -1,8 +1,8 @@
-"""The few operations on files that the cache is made of; nearly every system call it makes is here.
+"""Files that are published whole or not at all, and the few other operations that state on disk needs.
 
-A file is published whole or not at all: unique temporary in the same folder, write, fsync, rename, fsync of
-the folder. Nothing is ever changed in place, locked or mapped. Functions raise OSError; the callers at the
-package's edge turn it into StorageError with `storage_errors`.
+A file is published so: unique temporary in the same folder, write, fsync, rename, fsync of the folder.
+Nothing is ever changed in place, locked or mapped. Functions raise OSError; callers turn it into a
+StorageError that says what they were doing with `storage_errors`.
 """
 
 import errno
@@ -26,37 +26,47 @@ STALE_SECONDS = 3600.0
 
 HOST = hashlib.sha256(platform.node().encode("utf-8", "surrogateescape")).hexdigest()[:8]
 TEMPORARY = re.compile(r"\.tmp-([0-9a-f]{8})-([0-9]{1,9})-[0-9a-f]{32}")
+OUTPUT_HINT = "Check the folder's permissions and the disk's space, or choose another name."
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def storage_error(action: str, path: Path, error: OSError, num_bytes: int = 0) -> StorageError:
+def storage_error(
+    action: str,
+    path: Path | str,
+    error: OSError,
+    *,
+    hint: str,
+    full_hint: str | None = None,
+    num_bytes: int = 0,
+    kept: str | None = None,
+) -> StorageError:
     """Return the StorageError that tells of an OSError: "Cannot <action> <path>: <reason>.".
 
     Args:
         action: What was tried, such as "write".
         path: What it was tried on.
         error: What the system answered.
+        hint: What to do about it.
+        full_hint: The same where the disk is full; None is `hint`.
         num_bytes: Bytes that were needed, named when the disk is full.
+        kept: What is not lost, said when the disk is full, such as "finished rows are kept".
     """
     message = f"Cannot {action} {str(path)!r}: {error.strerror or error}."
     if error.errno not in FULL:
-        return StorageError(
-            message, hint="Check the folder's permissions and disk, or set TLCLI_HOME to another folder."
-        )
-    return StorageError(
-        f"{message} {size_text(num_bytes)} ({num_bytes} bytes) are needed; finished rows are kept.",
-        hint="Make room (`tlcli cache prune --max-size SIZE`) or set TLCLI_HOME to a larger disk,"
-        " then run the same command again: it continues.",
-    )
+        return StorageError(message, hint=hint)
+    needed = f"{size_text(num_bytes)} ({num_bytes} bytes) are needed" if num_bytes else None
+    if told := "; ".join(part for part in (needed, kept) if part):
+        message += f" {told[0].upper()}{told[1:]}."
+    return StorageError(message, hint=full_hint or hint)
 
 
 @contextmanager
-def storage_errors(action: str, path: Path, num_bytes: int = 0) -> Iterator[None]:
+def storage_errors(action: str, path: Path | str, *, hint: str) -> Iterator[None]:
     """Turn an OSError of the block into a StorageError; see `storage_error`."""
     try:
         yield
     except OSError as error:
-        raise storage_error(action, path, error, num_bytes) from error
+        raise storage_error(action, path, error, hint=hint) from error
 
 
 def publish(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
@@ -65,15 +75,41 @@ def publish(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     A failed fsync is not tried again: the kernel may have dropped the pages and would report success. The
     mode follows the umask.
     """
-    temporary = temporary_path(path.parent)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
+    with _renamed_at_the_end(path) as temporary:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             for chunk in chunks:
                 _write_all(fd, memoryview(chunk).cast("B"))
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+@contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """Give a temporary path to be written by the block, and publish what it holds as `publish` does.
+
+    For writers that want a path or write piece by piece. The mode follows the umask, whatever they set.
+    """
+    with _renamed_at_the_end(path) as temporary:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        mode = stat.S_IMODE(os.fstat(fd).st_mode)
+        os.close(fd)
+        yield temporary
+        fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)  # the writer may have put another file there
+        try:
+            os.fchmod(fd, mode)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def _renamed_at_the_end(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`, which it becomes at the end; on any error it is removed."""
+    temporary = temporary_path(path.parent)
+    try:
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):

@@ -4,8 +4,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tlcli.errors import StorageError
 from tlcli.machine import files
+from tlcli.wording import printable
 
 # ---- writing ----------------------------------------------------------------------------------------------
 
@@ -20,19 +20,11 @@ def render(**values: Any) -> str:
     )
     environment.filters["percent"] = lambda value: f"{100 * value:.1f}"
     environment.filters["number"] = lambda value: "-" if value is None else f"{value:.3f}"
-    environment.filters["printable"] = _printable
+    environment.filters["printable"] = lambda value: printable(str(value))
     try:
         return environment.from_string(template).render(**values)
     except jinja2.UndefinedError as error:
         raise KeyError(str(error)) from error
-
-
-def _printable(text: object) -> str:
-    """Return `text` with control characters and bytes that are no UTF-8 as escapes."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode()
-        for letter in str(text)
-    )
 
 
 def write(path: Path, page: str) -> None:
@@ -41,11 +33,6 @@ def write(path: Path, page: str) -> None:
     Raises:
         StorageError: The disk refuses.
     """
-    try:
+    with files.storage_errors("write", path, hint="Name another place with -o FILE.html."):
         path.parent.mkdir(parents=True, exist_ok=True)
         files.publish(path, [page.encode("utf-8")])
-    except OSError as error:
-        raise StorageError(
-            f"{str(path)!r} cannot be written: {error.strerror}.",
-            hint="Name another place with -o FILE.html.",
-        ) from error

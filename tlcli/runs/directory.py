@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = "tlcli.run/1"
 RUN_HINT = "Expected a directory that `tlcli finetune` wrote."
+DISK_HINT = "Check the folder's permissions and the disk's space, then run it again with --resume."
 NOT_STORED = (
     "output",
     "overwrite",
@@ -234,15 +235,8 @@ def resume_command(path: Path) -> str:
     return f"tlcli finetune --config {config} -o {output} --resume"
 
 
-@contextlib.contextmanager
-def _storage_errors(action: str, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"Cannot {action} {str(path)!r}: {error.strerror or error}.",
-            hint="Check the folder's permissions and the disk's space, then run it again with --resume.",
-        ) from error
+def _storage_errors(action: str, path: Path) -> contextlib.AbstractContextManager[None]:
+    return files.storage_errors(action, path, hint=DISK_HINT)
 
 
 class RunDirectory:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tlcli.data.listing import spreadsheet_cell
-from tlcli.errors import DataError, StorageError
+from tlcli.errors import DataError
 from tlcli.machine import files
 from tlcli.metrics.evaluation import Evaluation
+from tlcli.runs.directory import DISK_HINT
 
 
 def write_evaluation(run_dir: Path, split: str, evaluation: Evaluation) -> None:
@@ -25,10 +26,8 @@ def write_evaluation(run_dir: Path, split: str, evaluation: Evaluation) -> None:
         texts = {name: spreadsheet_cell(item[name]) for name in ("file", "label", "predicted")}
         writer.writerow({**item, **texts})
     for name, content in ((f"evaluation-{split}.json", text), (f"predictions-{split}.csv", table.getvalue())):
-        try:
+        with files.storage_errors("write", run_dir / name, hint=DISK_HINT):
             files.publish(run_dir / name, [content.encode("utf-8", "surrogateescape")])
-        except OSError as error:
-            raise StorageError(f"{run_dir / name} cannot be written: {error.strerror}.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from tlcli.data.collection import Collection, groups_of, labels_of
 from tlcli.features.plan import read_rows
 from tlcli.heads.fit import FittedHead, fit_head
 from tlcli.heads.head import Head
-from tlcli.machine import paths
 from tlcli.progress import Progress
 from tlcli.runs.directory import RunDirectory
 from tlcli.training.checkpoints import Checkpoints
@@ -84,7 +83,7 @@ def train_backbone(
     """
     extractor, recipe = plan.extractor, plan.recipe
     num_classes = len(train_part.dataset.class_names)
-    device, workers = extractor.device, config.workers or paths.default_workers()
+    device, workers = extractor.device, config.num_workers
     suffix = extractor.cut.suffix.to(device)
     train_source = _inputs(plan, train_part, plan.num_views)
     val_source = _inputs(plan, val_part, 1) if val_part.samples else None

@@ -26,7 +26,6 @@ from torch import Tensor
 from tlcli.errors import BackboneError, StorageError
 from tlcli.machine import files
 from tlcli.training.optimizer_state import DTYPES
-from tlcli.wording import size_text
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +134,10 @@ class Checkpoints:
         Raises:
             StorageError: The disk refuses.
         """
-        with files.storage_errors("remove", self.folder):
+        try:
             files.remove_tree(self.folder)
+        except OSError as error:
+            raise _storage_error("remove", self.folder, error) from error
 
     def _write(self, temporary: Path, step: int, contents: Mapping[str, Any]) -> Path:
         listed = {}
@@ -201,11 +202,12 @@ def _place(path: Path) -> tuple[int, int]:
 
 
 def _storage_error(action: str, path: Path, error: OSError, num_bytes: int = 0) -> StorageError:
-    message = f"Cannot {action} checkpoint {str(path)!r}: {error.strerror or error}."
-    if error.errno in files.FULL:
-        message += f" {size_text(num_bytes)} ({num_bytes} bytes) are needed; earlier checkpoints are kept."
-        return StorageError(message, hint="Make room, then continue the run with --resume.")
-    return StorageError(message, hint="Check the folder's permissions and disk, then continue with --resume.")
+    return files.storage_error(
+        f"{action} checkpoint", path, error,
+        hint="Check the folder's permissions and disk, then continue with --resume.",
+        full_hint="Make room, then continue the run with --resume.",
+        num_bytes=num_bytes, kept="earlier checkpoints are kept",
+    )  # fmt: skip
 
 
 def _check_plain(value: Any, where: str) -> None:

@@ -181,7 +181,7 @@ def make_network(
         value = operator.attrgetter(name)(suffix)
         if isinstance(value, nn.Parameter):
             value.requires_grad_(False)
-    hidden = options.hidden_sizes()
+    hidden = options.hidden_sizes
     if hidden:
         mlp = MlpClassifier((num_features, *hidden, num_classes), options, dropout)
         if isinstance(start, MlpHead):

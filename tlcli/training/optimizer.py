@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tlcli.errors import UsageError
 from tlcli.training.recipe import Recipe
+from tlcli.wording import did_you_mean, near_misses
 
 IN_NEED_OF_CLOSURE = ("adahessian",)  # needs second derivatives, which the loop does not compute
 
@@ -73,17 +74,15 @@ def check_optimizer(name: str) -> None:
     Raises:
         UsageError: The name is unknown (the nearest is named), or the optimiser needs a closure.
     """
-    import difflib
-
     from timm.optim import list_optimizers
 
     known = [item for item in list_optimizers() if not item.startswith(IN_NEED_OF_CLOSURE)]
     if name.lower() in known:
         return
-    near = difflib.get_close_matches(name.lower(), known, n=3)
+    near = near_misses(name, known)
     raise UsageError(
-        f"--opt {name!r} is no optimiser that can be used here.",
-        hint=f"Did you mean {', '.join(near)}?" if near else "adamw, sgd, rmsprop and adagrad are usual.",
+        f"--opt {name!r} is not an optimiser that can be used here.",
+        hint=did_you_mean(near).strip() or "adamw, sgd, rmsprop and adagrad are usual.",
     )
 
 

@@ -16,7 +16,7 @@ import torch
 
 from tlcli.backbones.backbone import Backbone
 from tlcli.backbones.initialise import reinitialise
-from tlcli.backbones.units import parse_freeze, units
+from tlcli.backbones.units import num_frozen_units, units
 from tlcli.backbones.zoo import load_backbone
 from tlcli.config.backbone import FeatureOptions
 from tlcli.config.commands import FinetuneConfig
@@ -29,12 +29,11 @@ from tlcli.features import cache_decision as caching
 from tlcli.features.cost_trial import CUT, RECOMPUTE
 from tlcli.features.extractor import Extractor
 from tlcli.features.plan import FeaturePlan, make_extractor, plan_features
-from tlcli.machine import paths, processes
+from tlcli.machine import processes
 from tlcli.machine.device import fast_bf16
 from tlcli.training.network import NORM_LAYERS
 from tlcli.training.optimizer import check_optimizer
 from tlcli.training.recipe import Recipe, resolve
-from tlcli.wording import parse_size
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +176,7 @@ def plan_training(
 def _plan_features(
     config: FinetuneConfig, collection: Collection, extractor: Extractor, num_views: int
 ) -> FeaturePlan:
-    workers = config.workers or paths.default_workers()
+    workers = config.num_workers
     return plan_features(
         collection,
         extractor,
@@ -185,7 +184,7 @@ def _plan_features(
         workers=workers,
         max_bad=config.max_bad,
         num_views=num_views,
-        max_bytes=parse_size(config.cache_max_size),
+        max_bytes=config.cache_max_bytes,
     )
 
 
@@ -205,11 +204,11 @@ def _decide(
         return caching.CachingDecision(RECOMPUTE, "recomputing in each epoch: --cache never")
     if config.cache != "auto":
         return caching.CachingDecision(CUT, f"caching at the cut: --cache {config.cache}")
-    workers = config.workers or paths.default_workers()
+    workers = config.num_workers
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(_amp(config, extractor.device))
     return caching.decide(
         extractor, collection, epochs=epochs, num_views=num_views, workers=workers, amp=amp,
-        max_bytes=parse_size(config.cache_max_size),
+        max_bytes=config.cache_max_bytes,
     )  # fmt: skip
 
 
@@ -235,7 +234,7 @@ def _frozen_units(config: FinetuneConfig, num_units: int) -> tuple[int, str]:
     if config.freeze is None:
         frozen = max(1, min(num_units - 1, round(DEFAULT_SHARE * num_units)))
         return frozen, f"freezing {frozen} of {num_units} units, two thirds; --freeze K chooses"
-    frozen = parse_freeze(config.freeze, num_units)
+    frozen = num_frozen_units(config.freeze, num_units)
     if frozen == num_units:
         raise UsageError(
             f"--freeze {config.freeze} freezes all of the {num_units} units: nothing is left to train.",

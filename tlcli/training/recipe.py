@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tlcli.config.commands import FinetuneConfig
-from tlcli.config.fields import grid
 from tlcli.config.training import Scenario, TrainingOptions
 from tlcli.errors import UsageError
 
@@ -134,7 +133,7 @@ def resolve(
         "batch_size": batch,
         "lr": _learning_rate(config, scenario, batch, has_batch_norm),
         "weight_decay": _or(config.weight_decay, WEIGHT_DECAY[scenario]),
-        "l2": 0.0 if config.l2 == "auto" else _single(config.l2, "--l2"),
+        "l2": _single(config.l2_values, "--l2") or 0.0,
         "l1": config.l1,
         "max_norm": config.max_norm,
         "layer_decay": _or(config.layer_decay, LAYER_DECAY[scenario]),
@@ -142,7 +141,7 @@ def resolve(
         "decay_epochs": _or(config.decay_epochs, 2.0 if config.sched == "plateau" else epochs / 3),
         "label_smoothing": LABEL_SMOOTHING if smoothing is None else smoothing,
         "class_weights": config.class_weights,
-        "dropout": 0.0 if config.dropout is None else _single(config.dropout, "--dropout"),
+        "dropout": _single(config.dropout_values, "--dropout") or 0.0,
         "norm": norm,
         "norm_reason": reason,
         "head_init": _head_init(config, scenario),
@@ -187,7 +186,7 @@ def _learning_rate(
     if config.lr == "auto":
         return None
     if config.lr is not None:
-        return _single(config.lr, "--lr")
+        return _single(config.lr_values, "--lr")
     words = config.opt.lower()
     if words.startswith(("sgd", "momentum", "nesterov", "lars", "muon")):
         rate = SGD_LR[scenario] * batch / 32
@@ -223,11 +222,13 @@ def _head_init(config: FinetuneConfig, scenario: Scenario) -> Literal["probe", "
     return "random" if scenario == "scratch" or config.random_init else "probe"
 
 
-def _single(text: str, name: str) -> float:
-    values = grid(text, name, minimum=0.0)
+def _single(values: tuple[float, ...] | None, name: str) -> float | None:
+    """Return the one value of an option that heads take as a grid; None where none is given."""
+    if values is None:
+        return None
     if len(values) != 1:
         raise UsageError(
-            f"{name} {text!r} is a grid; a training takes one value.",
+            f"{name} {','.join(f'{value:g}' for value in values)} is a grid; a training takes one value.",
             hint="Grids are for heads on frozen features (--freeze all).",
         )
     return values[0]

@@ -1,12 +1,12 @@
 """`--model-kwargs KEY=VALUE,...`: reading it, and saying what a network takes instead."""
 
 import ast
-import difflib
 import math
 from collections.abc import Iterable
 from typing import Any
 
 from tlcli.errors import UsageError
+from tlcli.wording import did_you_mean, near_misses
 
 WORDS = {"true": True, "false": False, "none": None}
 OWN_OPTIONS = {
@@ -38,33 +38,32 @@ SETTLED = {
 """Arguments that a backbone here must leave alone: a headless network for RGB images, pooled its own way."""
 
 
-def parse_arguments(text: str | None) -> dict[str, Any]:
+def parse_arguments(text: str, name: str = "--model-kwargs") -> dict[str, Any]:
     """Return the arguments of a network as plain values.
 
     Args:
         text: KEY=VALUE pairs with commas between. A value is a number, true, false, none, a list of these in
             brackets, or else a word: `depth=3,norm=every,layers=[1,1,1,1]`.
+        name: What messages call the option.
 
     Raises:
         UsageError: A part is no KEY=VALUE, a key is given twice, or has an option of its own.
     """
     result: dict[str, Any] = {}
-    for part in _parts(text or ""):
+    for part in _parts(text):
         key, sign, value = (piece.strip() for piece in part.partition("="))
         if not sign or not key.isidentifier() or not value:
             raise UsageError(
-                f"--model-kwargs {text!r}: {part.strip()!r} is not KEY=VALUE.",
+                f"{name} {text!r}: {part.strip()!r} is not KEY=VALUE.",
                 hint="Write pairs with commas between, as in --model-kwargs norm=every,activation=tanh.",
             )
         if key in result:
-            raise UsageError(f"--model-kwargs {text!r} gives {key!r} twice.", hint="Leave one of them out.")
+            raise UsageError(f"{name} {text!r} gives {key!r} twice.", hint="Leave one of them out.")
         if key in OWN_OPTIONS:
-            raise UsageError(
-                f"--model-kwargs does not take {key!r}.", hint=f"Use {OWN_OPTIONS[key]} instead."
-            )
+            raise UsageError(f"{name} does not take {key!r}.", hint=f"Use {OWN_OPTIONS[key]} instead.")
         if key in SETTLED:
             raise UsageError(
-                f"--model-kwargs does not take {key!r}: a backbone takes RGB images and has no classifier.",
+                f"{name} does not take {key!r}: a backbone takes RGB images and has no classifier.",
                 hint="Leave it out.",
             )
         result[key] = _value(value, key)
@@ -74,8 +73,7 @@ def parse_arguments(text: str | None) -> dict[str, Any]:
 def unknown_argument(name: str, key: str, known: Iterable[str]) -> UsageError:
     """Return the error for an argument that the network `name` does not take."""
     known = sorted(known)
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"Did you mean {near[0]}? " if near else ""
+    hint = did_you_mean(near_misses(key, known, most=1))
     hint += f"It takes {', '.join(known)}." if known else "It takes none."
     return UsageError(f"{name} takes no argument {key!r} in --model-kwargs.", hint=hint)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tlcli.backbones.model_arguments import parse_arguments, unknown_argument
+from tlcli.config.model_kwargs import parse_arguments, unknown_argument
 from tlcli.errors import UsageError
 
 
@@ -12,7 +12,7 @@ def test_values_get_the_type_they_look_like():
         "a": 3, "b": 0.5, "c": True, "d": False, "e": None, "f": "every", "g": [1, 2], "h": [1, 2.5],
     }  # fmt: skip
     assert parse_arguments("act=leaky-relu,x=-1,y=1e-3") == {"act": "leaky-relu", "x": -1, "y": 0.001}
-    assert parse_arguments(None) == parse_arguments("") == parse_arguments("  ") == {}
+    assert parse_arguments("") == parse_arguments("  ") == {}
 
 
 @pytest.mark.parametrize(
