@@ -7,7 +7,7 @@ import timm
 import torch
 
 from tlcli.backbones.backbone import state_sha256
-from tlcli.backbones.cut import cut_at, cut_points, earlier_cuts
+from tlcli.backbones.cut import cut_at, cut_earlier, cut_points, earlier_cuts, freeze_parameters
 from tlcli.backbones.units import frozen_modules, units
 from tlcli.errors import BackboneError, UsageError
 
@@ -127,6 +127,7 @@ def check(name, size, arguments, fractions=(0.34, 0.75)):
         with torch.no_grad():
             expected = eager.eval()(images)
         cut = cut_at(copy.deepcopy(model), k, (size, size))
+        freeze_parameters(cut)
         with torch.no_grad():
             rows = cut.prefix(images)
             kept = rows.clone()
@@ -177,35 +178,91 @@ def test_nothing_and_everything_frozen_need_no_trace():
     assert everything.prefix is model
     assert isinstance(everything.suffix, torch.nn.Identity)
     assert (everything.node, everything.row_shape) == ("all", (512,))
-    assert not any(parameter.requires_grad for parameter in model.parameters())
     nothing = cut_at(model, 0, (32, 32))
     assert nothing.suffix is model
     assert (nothing.node, nothing.row_shape) == ("input", (3, 32, 32))
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    for cut, trained in ((everything, 0), (nothing, len(list(model.parameters())))):
+        freeze_parameters(cut)
+        assert sum(parameter.requires_grad for parameter in model.parameters()) == trained
+        assert earlier_cuts(cut) == []
+        with pytest.raises(BackboneError, match="no earlier place"):
+            cut_earlier(cut, "layer1")
     with pytest.raises(UsageError, match=f"{count} units"):
         cut_at(model, count + 1, (32, 32))
 
 
-def test_the_network_is_left_as_it_was():
-    """Tracing must leave nothing on the network: no stand-ins, no constants, no changed statistics."""
-    for name, size in (("levit_128s", 64), ("eva02_tiny_patch14_224", 28)):
-        model = build(name, {"img_size": size})
-        images = torch.randn(2, 3, size, size)
-        before, attributes = state_sha256(model), set(vars(model))
-        with torch.no_grad():
-            expected = model.eval()(images)
-        state = torch.get_rng_state()
-        cut_at(model, 3, (size, size))
-        assert torch.equal(torch.get_rng_state(), state)
-        assert state_sha256(model) == before
-        assert set(vars(model)) == attributes
-        with torch.no_grad():
-            assert torch.equal(model(images), expected)
+LEFT_ALONE = [
+    ("levit_128s", 64, {"img_size": 64}),  # keeps biases between evaluations
+    ("eva02_tiny_patch14_224", 28, {"img_size": 28}),  # makes constants
+    ("mobilenetv3_small_050", 32, {}),
+    ("densenet121", 32, {}),
+    ("convnext_atto", 32, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "arguments"), LEFT_ALONE, ids=[row[0] for row in LEFT_ALONE])
+def test_the_network_is_left_as_it_was(name, size, arguments):
+    """Dividing leaves nothing on the network and changes nothing of it, whatever its modes are."""
+    model = build(name, arguments)
+    count = len(units(model))
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = model.eval()(images)
+    for place, module in enumerate(model.modules()):
+        module.training = place % 3 == 0
+    for place, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(place % 2 == 0)
+
+    def state():
+        return (
+            state_sha256(model),
+            set(vars(model)),
+            [module.training for module in model.modules()],
+            [parameter.requires_grad for parameter in model.parameters()],
+            [id(tensor) for tensor in (*model.parameters(), *model.buffers())],
+            torch.get_rng_state().tolist(),
+        )
+
+    before = state()
+    for k in (0, 1, count // 2, count - 1, count):
+        cut = cut_at(model, k, (size, size))
+        places = earlier_cuts(cut)
+        if places:
+            cut_earlier(cut, places[-1].node)
+        assert state() == before, k
+        if 0 < k < count:  # the parts have modes of their own
+            assert not any(module.training for module in cut.prefix.train().modules())
+            cut.suffix.train()
+            assert state() == before, k
+            with torch.no_grad():
+                assert torch.equal(cut.suffix.eval()(cut.prefix(images)), expected)
+    cut_points(model, (size, size))
+    assert state() == before
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), expected)
+
+
+def test_what_moves_a_part_moves_the_network():
+    """A tensor that is replaced, as a buffer is on its way to a GPU, is replaced in both."""
+    model = build("resnet10t", {}).eval()
+    cut = cut_at(model, 3, (32, 32))
+    cut.suffix.double()
+    cut.prefix.double()
+    assert {
+        tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()
+    } == {torch.float64}
+    with torch.no_grad():
+        next(cut.suffix.parameters()).zero_()
+        dict(cut.suffix.named_buffers())["layer4.0.bn1.running_mean"].fill_(7.0)
+    assert float(model.layer4[0].bn1.running_mean[0]) == 7.0
+    names = [name for name, _ in cut.suffix.named_parameters()]
+    assert not model.get_parameter(names[0]).any()
 
 
 def test_frozen_means_frozen_after_every_train_and_step():
     model = build("mobilenetv3_small_050", {})
     cut = cut_at(model, 5, (32, 32))
+    freeze_parameters(cut)
     frozen = {name for unit in units(model)[:5] for name in (*unit.parameters, *unit.buffers)}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -271,6 +328,7 @@ def test_a_step_from_stored_rows_has_the_gradients_of_the_whole_network(name, si
         (eager_train(eager, frozen_modules(parts, k), images) * target).sum().backward()
         expected = {key: p.grad for key, p in eager.named_parameters() if p.grad is not None}
         cut = cut_at(copy.deepcopy(model), k, (size, size))
+        freeze_parameters(cut)
         with torch.no_grad():
             rows = cut.prefix(images).clone(memory_format=torch.contiguous_format)
         cut.suffix.train()
@@ -294,12 +352,13 @@ def test_earlier_cuts_give_the_same_network_and_freeze_the_same(name, k):
     with torch.no_grad():
         expected = model.eval()(images)
     last = cut_at(copy.deepcopy(model), k, (32, 32))
-    trained = {key for key, p in last.suffix.named_parameters() if p.requires_grad}
+    trained = {key for key, _ in last.suffix.named_parameters()} - set(last.frozen_parameters)
     sizes = [torch.Size(last.row_shape).numel()]
-    for place in earlier_cuts(copy.deepcopy(model), k, (32, 32)):
-        cut = cut_at(copy.deepcopy(model), k, (32, 32), place.node)
+    for place in earlier_cuts(last):
+        cut = cut_earlier(last, place.node)
         assert (cut.node, cut.row_shape, cut.num_frozen_units) == (place.node, place.row_shape, k)
         sizes.append(torch.Size(cut.row_shape).numel())
+        freeze_parameters(cut)
         assert {key for key, p in cut.suffix.named_parameters() if p.requires_grad} == trained
         with torch.no_grad():
             rows = cut.prefix(images)
@@ -317,8 +376,9 @@ def test_earlier_cuts_give_the_same_network_and_freeze_the_same(name, k):
 
 def test_where_rows_exceed_the_image_the_image_is_an_earlier_cut():
     model = build("mobilenetv2_035", {})
-    assert [place.node for place in earlier_cuts(model, 1, (32, 32))] == ["input"]
-    cut = cut_at(model, 1, (32, 32), "input")
+    last = cut_at(model, 1, (32, 32))
+    assert [place.node for place in earlier_cuts(last)] == ["input"]
+    cut = cut_earlier(last, "input")
     assert (cut.node, cut.row_shape) == ("input", (3, 32, 32))
     assert cut.frozen_parameters == units(model)[0].parameters
 
@@ -329,7 +389,7 @@ def test_a_network_may_be_cut_again_elsewhere():
     first = cut_at(model, 4, (32, 32))
     with torch.no_grad():
         expected = first.suffix(first.prefix(images))
-    again = cut_at(model, 4, (32, 32), "input")
+    again = cut_earlier(first, "input")
     with torch.no_grad():
         assert same(again.suffix(images), expected)
 
@@ -337,7 +397,7 @@ def test_a_network_may_be_cut_again_elsewhere():
 def test_a_place_that_is_no_cut_is_refused():
     for node in ("nowhere", "global_pool.flatten"):  # the latter lies behind what is trained
         with pytest.raises(BackboneError, match=f"at {node}"):
-            cut_at(build("resnet10t", {}), 3, (32, 32), node)
+            cut_earlier(cut_at(build("resnet10t", {}), 3, (32, 32)), node)
 
 
 class Untraceable(torch.nn.Module):

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from tlcli.backbones import classic
 from tlcli.backbones.backbone import state_sha256
-from tlcli.backbones.cut import cut_at
+from tlcli.backbones.cut import cut_at, freeze_parameters
 from tlcli.backbones.units import frozen_modules, units
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -100,6 +100,7 @@ def check_every_cut(model, size, batch=4):
     sizes = []
     for num_frozen_units in range(1, count):
         cut = cut_at(copy.deepcopy(model), num_frozen_units, (size, size))
+        freeze_parameters(cut)
         with torch.no_grad():
             rows = cut.prefix(images)
         eager = copy.deepcopy(model)
@@ -146,6 +147,7 @@ def test_the_rates_act():
     """Dropout and drop-path are on in the suffix: another seed gives another loss."""
     name, size, arguments = QUICK[3]
     cut = cut_at(build(name, arguments), 2, (size, size))
+    freeze_parameters(cut)
     rows = torch.randn(4, *cut.row_shape)
     losses = set()
     for seed in range(3):
@@ -161,6 +163,7 @@ def test_frozen_means_frozen(name, size, arguments):
     parts = units(model)
     num_frozen_units = len(parts) // 2
     cut = cut_at(model, num_frozen_units, (size, size))
+    freeze_parameters(cut)
     images = torch.randn(4, 3, size, size)
     frozen = {key for unit in parts[:num_frozen_units] for key in (*unit.parameters, *unit.buffers)}
     with torch.no_grad():

@@ -79,9 +79,12 @@ def test_values_out_of_range_and_empty_ones_are_refused_from_python_too():
 
 
 def test_what_texts_stand_for():
-    config = FinetuneConfig(freeze="8", cache_max_size="2GB", l2="0.1,1", model_kwargs="a=1", workers=3)
+    config = ExtractConfig(freeze="8", cache_max_size="2GB", model_kwargs="a=1", workers=3)
     assert (config.frozen_units, config.cache_max_bytes, config.num_workers) == (8, 2 * 10**9, 3)
-    assert (config.l2_values, config.lr_values, config.model_arguments) == ((0.1, 1.0), None, {"a": 1})
+    assert config.model_arguments == {"a": 1}
+    heads = FinetuneConfig(l2="0.1,1", lr="auto", dropout="0", head="mlp:8,4", scaling="plain, plain")
+    assert (heads.l2_values, heads.lr_values, heads.dropout_values) == ((0.1, 1.0), None, (0.0,))
+    assert (heads.hidden_sizes, heads.scalings) == ((8, 4), ("plain",))
     assert FinetuneConfig(freeze="NONE").frozen_units == 0
     assert ExtractConfig(freeze="all").frozen_units == "all"
     assert FinetuneConfig().frozen_units is None

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from tlcli.backbones.cut import cut_earlier
 from tlcli.backbones.zoo import load_backbone
 from tlcli.cache.store import Store
 from tlcli.commands.extract import plan_extract
@@ -216,7 +217,8 @@ def test_a_place_that_is_chosen_can_be_cut(folder, collection):
     places = measure_costs(Trial(extractor, None), collection, [range(1)] * 200, 2).places
     assert [item.where for item in places] == [CUT, "input"]
     assert places[1].row_bytes == 2 * 3 * 32 * 32 < places[0].row_bytes
-    earlier = Extractor(extractor.backbone, freeze="1", device="cpu", dtype="fp32", node="input")
+    cut = cut_earlier(extractor.cut, "input")
+    earlier = Extractor(extractor.backbone, cut=cut, device="cpu", dtype="fp32")
     assert earlier.cut.row_shape == (3, 32, 32)
     assert earlier.cut.frozen_parameters
 

@@ -298,3 +298,52 @@ def test_two_processes_train_as_well_as_one(folder, tmp_path, run_cli, options):
     assert abs(two["metrics"]["val"]["top1_accuracy"] - one["metrics"]["val"]["top1_accuracy"]) <= 0.4
     measured = json.loads(run_cli("evaluate", tmp_path / "two", "--json").stdout)
     assert measured["log_loss"] == pytest.approx(two["metrics"]["val"]["log_loss"], rel=0.05)
+
+
+def test_a_dry_run_times_no_batch_and_writes_nothing(tmp_path, make_images, monkeypatch, run_cli):
+    """With enough images for --cache auto to measure, which writes trial rows: a mere plan leaves it open."""
+    folder = make_images(tmp_path / "many", {"a": 110, "b": 110}, size=(8, 8))
+    monkeypatch.setattr("tlcli.features.cache_decision.measure_costs", None)
+    before = sorted(Path.cwd().parent.rglob("*"))
+    words = ("--backbone", "test_resnet", "--random-init", "--image-size", "32", "--freeze", "2", "-j", "2")
+    done = run_cli("finetune", folder, *words, "--dry-run", "--json")
+    assert done.code == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["caching"]["where"] == "undecided"
+    assert "trial" in document["caching"]["reason"]
+    assert document["rows_to_compute"] > 0
+    assert "by a trial" in done.stderr
+    assert sorted(Path.cwd().parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("scenario", "traces"), [("freeze", 2), ("full", 0), ("scratch", 0), ("feature-extraction", 0)]
+)
+def test_planning_loads_cuts_and_hashes_a_network_once(folder, tmp_path, monkeypatch, scenario, traces):
+    from tlcli.backbones import cut, timm_zoo
+    from tlcli.features import extractor
+
+    calls, hashed = [], []
+
+    def counted(module, name):
+        real = getattr(module, name)
+
+        def call(*given, **named):
+            calls.append(name)
+            if name == "state_sha256" and list(given[0].parameters()):  # not a prefix of nothing
+                hashed.append(given[0])
+            return real(*given, **named)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in ((timm_zoo, "_create"), (cut, "trace"), (extractor, "state_sha256")):
+        counted(module, name)
+    options = {"epochs": 1, "head_init": "probe"} if scenario in {"freeze", "full"} else {}
+    config = FinetuneConfig(
+        data=str(folder), backbone="test_resnet", random_init=True, image_size=32, scenario=scenario,
+        output=str(tmp_path / "run"), **options,
+    )  # fmt: skip
+    plan_finetune(config, Silent())
+    assert calls.count("_create") == 1
+    assert calls.count("trace") == traces
+    assert len(hashed) == len(set(hashed)) == (0 if scenario == "scratch" else 2)  # it and its fast copy

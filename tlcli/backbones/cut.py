@@ -10,8 +10,9 @@ holds both and switches, as torchvision's feature extractor does. Frozen modules
 
 import copy
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torchvision.models import feature_extraction
 from tlcli.backbones.graph import (
     Traced,
     candidates,
+    constants_of,
     copy_graph,
     forget_constants,
     live,
@@ -40,12 +42,14 @@ BATCH = 2
 class Cut:
     """A divided backbone: `suffix(prefix(images))` equals `model(images)`.
 
-    The parts share their modules with the network they were made from; use that no longer, or cut a copy.
+    Dividing leaves the network as it was: its values, its modes, the gradients it asks for. The parts share
+    its tensors, so that what trains or moves a part trains or moves the network, and have modes of their own.
+    With everything frozen the prefix is the network itself, with nothing frozen the suffix is.
 
     Attributes:
-        prefix: Always in eval mode, without gradients: images [B, 3, H, W] -> rows [B, *row_shape].
-        suffix: Rows -> features [B, D]. Parameter and buffer names are the network's. Its frozen parts stay
-            in eval mode after every `train()`, and need no gradient.
+        prefix: Images [B, 3, H, W] -> rows [B, *row_shape]; in eval mode whatever `train` is asked.
+        suffix: Rows -> features [B, D]. Parameter and buffer names are the network's. Its frozen parts are in
+            eval mode after every `train()`.
         node: Name of the operation that gives the rows; "all" when everything is frozen, "input" when the
             rows are the images.
         num_frozen_units: K of `--freeze K`.
@@ -59,6 +63,12 @@ class Cut:
     num_frozen_units: int
     row_shape: tuple[int, ...]
     frozen_parameters: tuple[str, ...] = ()
+    division: "_Division | None" = field(default=None, repr=False)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the units that are not frozen."""
+        frozen = set(self.frozen_parameters)
+        return [value for name, value in self.suffix.named_parameters() if name not in frozen]
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class EarlierCut:
     """A place before the cut where fewer numbers cross.
 
     Attributes:
-        node: As in Cut; what `cut_at` takes.
+        node: As in Cut; what `cut_earlier` takes.
         row_shape: As in Cut.
         prefix: Images [B, 3, H, W] -> rows [B, *row_shape], sharing the network's modules.
     """
@@ -158,72 +168,161 @@ class Suffix(feature_extraction.DualGraphModule):  # type: ignore[misc]
         return init
 
 
-def cut_at(
-    model: nn.Module, num_frozen_units: int, image_size: tuple[int, int], node: str | None = None
-) -> Cut:
-    """Divide a headless backbone after its first units.
-
-    Freezes the parameters of these units (`requires_grad`), and leaves the network in eval mode.
+def cut_at(model: nn.Module, num_frozen_units: int, image_size: tuple[int, int]) -> Cut:
+    """Divide a headless backbone after its first units, as late as can be; the network is left as it was.
 
     Args:
         model: From `load_backbone`.
         num_frozen_units: 0 to the number of units. With all of them the prefix is the model itself, with none
             the suffix is; neither is traced.
         image_size: Height and width of the images, in pixels.
-        node: Cut at this operation instead, one of `earlier_cuts`: the frozen units after it become part of
-            the suffix, where they stay in eval mode and get no gradient. None cuts as late as can be.
 
     Raises:
         UsageError: The network has fewer units.
-        BackboneError: The network cannot be traced or divided exactly, or not at `node`.
+        BackboneError: The network cannot be traced or divided exactly.
     """
     parts = units(model)
     if not 0 <= num_frozen_units <= len(parts):
         raise UsageError(f"The backbone has {len(parts)} units; {num_frozen_units} cannot be frozen.")
-    model.eval()
-    frozen = {name for unit in parts[:num_frozen_units] for name in unit.parameters}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in frozen)
     images = _images(image_size)
-    if num_frozen_units == len(parts) and node in {None, "all"}:
-        with torch.inference_mode():
+    if num_frozen_units == len(parts):
+        with _as_it_was(model), torch.inference_mode():
             row_shape = tuple(model(images[:1]).shape[1:])
         return Cut(model, nn.Identity(), "all", num_frozen_units, row_shape)
     if num_frozen_units == 0:
         return Cut(Frozen(), model, "input", 0, tuple(images.shape[1:]))
+    return _divided(model, parts, num_frozen_units, images).cut()
 
-    with without_constants(model), torch.no_grad():
-        cut = _traced_cut(model, parts, num_frozen_units, images, node)
-    if cut is None:
-        place = f"at {node}" if node else f"after unit {num_frozen_units}"
+
+def cut_earlier(cut: Cut, node: str) -> Cut:
+    """Return a cut of the same network with the same units frozen, at an earlier operation.
+
+    The frozen units after it become part of the suffix, where they stay in eval mode and are not trained.
+
+    Args:
+        cut: From `cut_at`.
+        node: Name of one of the `earlier_cuts`.
+
+    Raises:
+        BackboneError: The network cannot be divided exactly there.
+    """
+    if cut.division is None:
         raise BackboneError(
-            f"{type(model).__name__} cannot be divided {place}: no cut is exact.",
-            hint="Use --freeze all.",
+            f"With {cut.num_frozen_units} units frozen there is no earlier place to cut, such as {node}."
         )
-    return cut
+    return cut.division.cut(node)
 
 
-def _traced_cut(
-    model: nn.Module, parts: list[Unit], num_frozen_units: int, images: torch.Tensor, wanted: str | None
-) -> Cut | None:
-    """Return the last exact cut at or below a unit, of those with the name wanted, or None."""
+def freeze_parameters(cut: Cut) -> None:
+    """Let the network of a cut ask for gradients where it is trained, and nowhere else.
+
+    The first step of a training. Until then a network asks for the gradients it was loaded with.
+    """
+    cut.prefix.requires_grad_(False)
+    cut.suffix.requires_grad_(False)
+    for parameter in cut.trained_parameters():
+        parameter.requires_grad_(True)
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put a network in eval mode inside the block, and every module back in its own mode after it."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+@dataclass(frozen=True)
+class _Division:
+    """A traced network and its frozen units: cuts at several places are made of one pair of traces.
+
+    Attributes:
+        model: The network.
+        parts: Its units.
+        num_frozen_units: How many of them are frozen.
+        images: The batch that cuts are checked with, [BATCH, 3, H, W].
+        plain: Traced in eval mode.
+        random: Traced in train mode, frozen modules in eval mode.
+        constants: The tensors that the two graphs expect on the network.
+        cuts: Those made so far, by the name asked for.
+    """
+
+    model: nn.Module
+    parts: list[Unit]
+    num_frozen_units: int
+    images: torch.Tensor
+    plain: Traced
+    random: Traced
+    constants: dict[str, torch.Tensor]
+    cuts: dict[str | None, Cut] = field(default_factory=dict)
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Let parts of the graphs be made and run inside the block; then the network is as it was."""
+        with without_constants(self.model), _as_it_was(self.model), torch.no_grad():
+            vars(self.model).update(self.constants)
+            yield
+
+    def frozen(self) -> frozenset[str]:
+        """Return the names of the parameters of frozen units."""
+        return frozenset(name for unit in self.parts[: self.num_frozen_units] for name in unit.parameters)
+
+    def places(self) -> list[fx.Node]:
+        """Return where the network could be divided, the image first."""
+        trained = {name for name, _ in self.model.named_parameters()} - self.frozen()
+        return candidates(self.plain, trained)
+
+    def name(self, node: fx.Node) -> str:
+        """Return the name of a place."""
+        return "input" if node is self.plain.image else self.plain.names[node]
+
+    def cut(self, wanted: str | None = None) -> Cut:
+        """Return the last exact cut, of those with the name wanted.
+
+        Raises:
+            BackboneError: There is none.
+        """
+        if wanted not in self.cuts:
+            with self.ready():
+                found = self._exact(wanted)
+            if found is None:
+                place = f"at {wanted}" if wanted else f"after unit {self.num_frozen_units}"
+                raise BackboneError(
+                    f"{type(self.model).__name__} cannot be divided {place}: no cut is exact.",
+                    hint="Use --freeze all.",
+                )
+            self.cuts[wanted] = found
+        return self.cuts[wanted]
+
+    def _exact(self, wanted: str | None) -> Cut | None:
+        modules, frozen = frozen_modules(self.parts, self.num_frozen_units), self.frozen()
+        expected = self.model(self.images)
+        for node in reversed(self.places()):
+            if wanted not in {None, self.name(node)}:
+                continue
+            twin = twin_of(node, self.plain, self.random)
+            if twin is None or (row_shape := _row_shape(self.model, self.plain, node, self.images)) is None:
+                continue
+            prefix, suffix = _divide(self.model, self.plain, self.random, node, twin, modules)
+            if _agrees(prefix, suffix, self.images, expected):
+                kept = tuple(key for key, _ in suffix.named_parameters() if key in frozen)
+                return Cut(
+                    prefix, suffix.eval(), self.name(node), self.num_frozen_units, row_shape, kept, self
+                )
+        return None
+
+
+def _divided(model: nn.Module, parts: list[Unit], num_frozen_units: int, images: torch.Tensor) -> _Division:
     modules = frozen_modules(parts, num_frozen_units)
-    frozen = {name for unit in parts[:num_frozen_units] for name in unit.parameters}
-    plain = trace(model, modules, training=False)
-    random = trace(model, modules, training=True)
-    expected = model(images)
-    for node in reversed(candidates(plain, {name for name, _ in model.named_parameters()} - frozen)):
-        name = "input" if node is plain.image else plain.names[node]
-        if wanted not in {None, name}:
-            continue
-        twin = twin_of(node, plain, random)
-        if twin is None or (row_shape := _row_shape(model, plain, node, images)) is None:
-            continue
-        prefix, suffix = _divide(model, plain, random, node, twin, modules)
-        if _agrees(prefix, suffix, images, expected):
-            kept = tuple(key for key, _ in suffix.named_parameters() if key in frozen)
-            return Cut(prefix, suffix.eval(), name, num_frozen_units, row_shape, kept)
-    return None
+    with without_constants(model), torch.no_grad():
+        plain = trace(model, modules, training=False)
+        random = trace(model, modules, training=True)
+        constants = constants_of(model)
+    return _Division(model, parts, num_frozen_units, images, plain, random, constants)
 
 
 def cut_points(model: nn.Module, image_size: tuple[int, int]) -> list[CutPoint]:
@@ -233,10 +332,9 @@ def cut_points(model: nn.Module, image_size: tuple[int, int]) -> list[CutPoint]:
         BackboneError: The network cannot be traced.
     """
     parts = units(model)
-    model.eval()
     images = _images(image_size)
     result = []
-    with without_constants(model), torch.no_grad():
+    with without_constants(model), _as_it_was(model), torch.no_grad():
         traced = trace(model, frozenset(), training=False)
         shapes = _Shapes(model, traced.graph, set(traced.dominators)).collect(images)
         for unit in parts[:-1]:
@@ -250,35 +348,30 @@ def cut_points(model: nn.Module, image_size: tuple[int, int]) -> list[CutPoint]:
     return [*result, CutPoint(len(parts), "all", last)]
 
 
-def earlier_cuts(model: nn.Module, num_frozen_units: int, image_size: tuple[int, int]) -> list[EarlierCut]:
+def earlier_cuts(cut: Cut) -> list[EarlierCut]:
     """Return where rows would be smaller than at the cut, the latest first.
 
     Only places that are smaller than all later ones: of two of one size the later leaves less to recompute.
 
     Args:
-        model: As for `cut_at`, which may have been called before.
-        num_frozen_units: 0 to one less than the number of units.
-        image_size: Height and width of the images, in pixels.
-
-    Raises:
-        BackboneError: The network cannot be traced.
+        cut: From `cut_at`; where all units are frozen or none, there is no earlier place.
     """
-    parts = units(model)
-    model.eval()
-    trained = {name for unit in parts[num_frozen_units:] for name in unit.parameters}
+    division = cut.division
+    if division is None:
+        return []
+    model = division.model
     result = []
-    with without_constants(model), torch.no_grad():
-        traced = trace(model, frozen_modules(parts, num_frozen_units), training=False)
-        nodes = candidates(traced, trained)
-        shapes = _Shapes(model, traced.graph, set(nodes)).collect(_images(image_size))
+    with division.ready():
+        places = division.places()
+        shapes = _Shapes(model, division.plain.graph, set(places)).collect(division.images)
         smallest: int | None = None
-        for node in reversed(nodes):
+        for node in reversed(places):
             shape = shapes.get(node)
             if shape is None or (smallest is not None and math.prod(shape) >= smallest):
                 continue
             if smallest is not None:
-                name = "input" if node is traced.image else traced.names[node]
-                result.append(EarlierCut(name, shape, _prefix(model, traced, node)))
+                prefix = _prefix(model, division.plain, node)
+                result.append(EarlierCut(division.name(node), shape, prefix))
             smallest = math.prod(shape)
     return result
 
@@ -304,7 +397,9 @@ def _divide(
     used = Suffix(model, graphs[0], graphs[1], frozen, ())
     held = {name for part in (prefix, used) for name, _ in (*part.named_parameters(), *part.named_buffers())}
     unused = [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name not in held]
-    return prefix, Suffix(model, graphs[0], graphs[1], frozen, unused) if unused else used
+    suffix = Suffix(model, graphs[0], graphs[1], frozen, unused) if unused else used
+    _give_own_modes(suffix, {})
+    return prefix, suffix
 
 
 def _prefix(model: nn.Module, plain: Traced, node: fx.Node) -> nn.Module:
@@ -312,9 +407,28 @@ def _prefix(model: nn.Module, plain: Traced, node: fx.Node) -> nn.Module:
     if node is plain.image:
         return Frozen()
     prefix = Prefix(model, copy_graph(plain, plain.inputs[node], plain.image, node), class_name="Prefix")
+    _give_own_modes(prefix, {})
     prefix.train(False)
     forget_constants(prefix)
     return prefix
+
+
+def _give_own_modes(part: nn.Module, made: dict[nn.Module, nn.Module]) -> None:
+    """Replace the modules of a part by shallow copies: the same tensors, in a mode of their own.
+
+    The copies hold the same dicts of parameters and buffers, so that what moves or replaces a tensor of a
+    part does it for the network too.
+
+    Args:
+        part: Its children are replaced.
+        made: The copy of each module so far, since one may stand in several places.
+    """
+    for name, child in part.named_children():
+        if child not in made:
+            made[child] = copy.copy(child)
+            made[child]._modules = dict(child._modules)
+            _give_own_modes(made[child], made)
+        part._modules[name] = made[child]
 
 
 # ---- checking --------------------------------------------------------------------------------------------

@@ -121,13 +121,17 @@ def _modes(model: nn.Module, frozen: frozenset[str], training: bool) -> Iterator
 @contextmanager
 def without_constants(model: nn.Module) -> Iterator[None]:
     """Remove the tensor constants that tracing leaves on a network."""
-    before = set(vars(model))
+    before = set(constants_of(model))
     try:
         yield
     finally:
-        for name in set(vars(model)) - before:
-            if name.startswith(CONSTANT):
-                delattr(model, name)
+        for name in set(constants_of(model)) - before:
+            delattr(model, name)
+
+
+def constants_of(model: nn.Module) -> dict[str, Any]:
+    """Return the tensor constants that tracing has left on a network, by the names that graphs use."""
+    return {name: value for name, value in vars(model).items() if name.startswith(CONSTANT)}
 
 
 def forget_constants(part: nn.Module) -> None:

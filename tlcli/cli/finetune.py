@@ -20,7 +20,7 @@ def finetune(out: Output, config: FinetuneConfig) -> None:
     """Train a classifier in one of the four scenarios and write a run."""
     from tlcli.commands import finetune as library
 
-    plan = library.plan_finetune(config, out.progress)
+    plan = library.plan_finetune(config, out.progress, dry_run=out.dry_run)
     for note in plan.notes:
         out.note(note)
     out.plan("Finetune", plan.facts())

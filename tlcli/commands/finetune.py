@@ -43,7 +43,7 @@ from tlcli.runs.results import write_evaluation
 from tlcli.training import plan as tuning
 from tlcli.training.backbone import TrainedBackbone, train_backbone
 from tlcli.training.checkpoints import Checkpoints
-from tlcli.training.plan import TrainingPlan
+from tlcli.training.plan import TrainingPlan, check_packages
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,13 @@ class Result:
     features: Outcome
 
 
-def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
+def plan_finetune(config: FinetuneConfig, progress: Progress, *, dry_run: bool = False) -> FinetunePlan:
     """Return what `finetune` will do.
+
+    Args:
+        config: The options.
+        progress: Told of every file that is hashed.
+        dry_run: The plan is not carried out; see `plan_training`.
 
     Raises:
         UsageError: Options contradict each other, or the output exists.
@@ -134,6 +139,8 @@ def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
     started = time.perf_counter()
     scenario = config.resolved_scenario()
     check_run_dir(config)
+    if scenario != "feature-extraction":
+        check_packages(config)
     workers = config.num_workers
     collection = _without_test(collect(config, workers, progress))
     config = _absolute(config)
@@ -145,7 +152,7 @@ def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
             max_bytes=config.cache_max_bytes,
         )  # fmt: skip
     else:
-        plan = tuning.plan_training(config, collection, run_to_continue(config))
+        plan = tuning.plan_training(config, collection, run_to_continue(config), dry_run=dry_run)
         extractor, features = plan.extractor, plan.features
     if config.output:
         run_dir = Path(config.output)

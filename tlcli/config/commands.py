@@ -67,8 +67,13 @@ class FinetuneConfig(
             raise UsageError("--resume and --overwrite contradict each other.", hint="Leave one of them out.")
         if self.resume and not self.output:
             raise UsageError("--resume needs -o: the run directory to continue.")
-        if self.resolved_scenario() == "feature-extraction":
+        scenario = self.resolved_scenario()
+        if scenario == "feature-extraction":
             self._refuse_training_options()
+        else:
+            self._refuse_head_options()
+        if scenario == "scratch":
+            self._refuse_pretraining()
 
     def _refuse_training_options(self) -> None:
         """Refuse what trains the backbone where it is frozen: ignored, it would mislead."""
@@ -80,6 +85,38 @@ class FinetuneConfig(
                         "feature-extraction freezes all of it.",
                         hint="Add --freeze K, or --scenario freeze, full or scratch; or leave it out.",
                     )
+
+    def _refuse_head_options(self) -> None:
+        """Refuse what only heads on frozen features can take."""
+        if self.refit:
+            raise UsageError(
+                "--refit belongs to heads on frozen features.",
+                hint="Train on all images with --val-fraction 0.01, or leave --refit out.",
+            )
+        for name in ("l2", "lr", "dropout"):
+            if len(self.parsed(name) or ()) > 1:
+                raise UsageError(
+                    f"--{name} {getattr(self, name)!r} is a grid; a training takes one value.",
+                    hint="Grids are for heads on frozen features (--freeze all).",
+                )
+
+    def _refuse_pretraining(self) -> None:
+        """Refuse what needs pretrained weights, which scenario scratch gives up."""
+        if self.head_init == "probe":
+            raise UsageError(
+                "--head-init probe needs pretrained features, which --scenario scratch gives up.",
+                hint="Leave --head-init out.",
+            )
+        if self.l2_sp:
+            raise UsageError(
+                "--l2-sp pulls towards pretrained weights, which --scenario scratch gives up.",
+                hint="Leave --l2-sp out.",
+            )
+        if self.weights:
+            raise UsageError(
+                "--weights and --scenario scratch contradict each other: scratch starts from random weights.",
+                hint="Leave --weights out, or use --scenario full.",
+            )
 
     def resolved_scenario(self) -> Scenario:
         """Return the scenario, which follows from --freeze where it is not given.

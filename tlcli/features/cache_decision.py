@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tlcli.backbones.cut import cut_at
+from tlcli.backbones.cut import cut_earlier
 from tlcli.data.collection import Collection
 from tlcli.errors import BackboneError
 from tlcli.features.cost_trial import CUT, RECOMPUTE, CachingCosts, Place, Trial, measure_costs
@@ -27,6 +27,7 @@ from tlcli.machine import processes
 from tlcli.wording import size_text
 
 FEW_IMAGES = 200  # fewer are not worth measuring: either side takes seconds
+UNDECIDED = "undecided"  # in a plan that is not carried out
 TIE = 0.05  # within it, the side that needs less disk is taken
 VALIDATION_SHARE = 1 / 3  # of a training step: no backward pass
 
@@ -60,7 +61,8 @@ class CachingDecision:
     """Where the frozen work is cached.
 
     Attributes:
-        where: "cut", the name of an earlier operation for `cut_at`, or "recompute".
+        where: "cut", the name of an earlier operation for `cut_earlier`, "recompute" or
+            "undecided".
         reason: Why, with the numbers, for people.
         options: Every way that was compared, the chosen one first; empty when nothing was measured.
         costs: What they were computed from; None when nothing was measured.
@@ -73,8 +75,8 @@ class CachingDecision:
 
     @property
     def node(self) -> str | None:
-        """Return what `cut_at` takes: None for the cut itself and for recomputing."""
-        return None if self.where in {CUT, RECOMPUTE} else self.where
+        """Return what `cut_earlier` takes; None where nothing is cut earlier."""
+        return None if self.where in {CUT, RECOMPUTE, UNDECIDED} else self.where
 
     def document(self) -> dict[str, Any]:
         """Return the decision and its numbers for machines."""
@@ -196,25 +198,29 @@ def decide(
     if processes.is_main():
         splits = collection.splits
         views = [range(num_views if split == "train" else 1) for split in splits]
-        if len(splits) < FEW_IMAGES:
+        if is_measured(collection):
+            costs = measure_costs(Trial(extractor, amp), collection, views, workers, max_bytes)
+            found = _possible(extractor, dataclasses.replace(costs, epochs=epochs))
+        else:
             store = FeatureStore(extractor, max_bytes=max_bytes)
             rows = store.num_new(collection.fingerprints, views)
             fits = rows * extractor.row_bytes <= store.store.free_bytes()
             found = _unmeasured(rows if fits else math.inf, len(splits), epochs)
-        else:
-            trial = Trial(extractor, amp)
-            costs = measure_costs(trial, collection, views, workers, max_bytes)
-            found = _possible(extractor, dataclasses.replace(costs, epochs=epochs))
     decision = processes.from_main(found)
     assert decision is not None
     return decision
+
+
+def is_measured(collection: Collection) -> bool:
+    """Return whether `decide` times a few batches and writes trial rows: not for so few images."""
+    return len(collection.splits) >= FEW_IMAGES
 
 
 def _unmeasured(rows: float, num_images: int, epochs: int) -> CachingDecision:
     """Return the side with fewer rows to compute, for a few images."""
     where = CUT if rows <= epochs * num_images else RECOMPUTE
     name = "caching at the cut" if where == CUT else "recomputing in each epoch"
-    return CachingDecision(where, f"{name}: {num_images} images are too few to measure_costs what is quicker")
+    return CachingDecision(where, f"{name}: {num_images} images are too few to measure what is quicker")
 
 
 def _possible(extractor: Extractor, costs: CachingCosts) -> CachingDecision:
@@ -228,9 +234,8 @@ def _possible(extractor: Extractor, costs: CachingCosts) -> CachingDecision:
 
 
 def _can_be_cut(extractor: Extractor, node: str) -> bool:
-    cut, backbone = extractor.cut, extractor.backbone
     try:
-        cut_at(backbone.model, cut.num_frozen_units, backbone.preprocess.image_size, node)
+        cut_earlier(extractor.cut, node)
     except BackboneError:
         return False
     return True

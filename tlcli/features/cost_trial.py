@@ -1,6 +1,7 @@
 """What caching and recomputing cost, measured on a few of the user's images."""
 
 import copy
+import dataclasses
 import functools
 import hashlib
 import math
@@ -185,11 +186,10 @@ class Trial:
 
     def earlier_stages(self, images: Tensor) -> list[tuple[str, tuple[int, ...], float, float]]:
         """Return name, row shape, share of the prefix's time, and seconds a row from there to the cut."""
-        model, cut = self.extractor.backbone.model, self.extractor.cut
+        cut = self.extractor.cut
         if cut.node in {"all", "input"}:
             return []
-        size = self.extractor.backbone.preprocess.image_size
-        earlier = earlier_cuts(model, cut.num_frozen_units, size)[-MAX_EARLIER:]  # the last are the smallest
+        earlier = earlier_cuts(cut)[-MAX_EARLIER:]  # the last are the smallest
         pixels = self.extractor.normalise(images)
         found = []
         with torch.no_grad(), self.precision():
@@ -211,8 +211,9 @@ class Trial:
         rows = self.extractor.rows(images).float()
         if rows.ndim == 4:
             rows = rows.contiguous(memory_format=torch.channels_last)  # as training does
-        suffix = self.placed(self.extractor.cut.suffix).eval()
-        trained = [parameter for parameter in suffix.parameters() if parameter.requires_grad]
+        cut = self.extractor.cut
+        suffix = self.placed(cut.suffix).eval()
+        trained = dataclasses.replace(cut, suffix=suffix).trained_parameters()
         if not trained:
             return 0.0
 

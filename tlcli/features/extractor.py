@@ -73,7 +73,7 @@ class Extractor:
         device: Name of a device.
         dtype: Compute type: auto, fp32 or bf16.
         cache_dtype: Type of the rows: auto, fp32 or bf16.
-        node: Name of an earlier operation to cut at; see `cut_at`.
+        cut: Where the backbone is divided; None cuts it where `freeze` says.
         views: How views from 1 on are made; None where view 0 is all there is.
 
     Attributes:
@@ -92,15 +92,16 @@ class Extractor:
         device: str = "auto",
         dtype: str = "auto",
         cache_dtype: str = "auto",
-        node: str | None = None,
+        cut: Cut | None = None,
         views: Views | None = None,
     ) -> None:
         self.backbone = backbone
         self.device_choice: DeviceChoice = choose_device(device)
         self.device = self.device_choice.device
         size = backbone.preprocess.image_size
-        frozen = num_frozen_units(freeze, len(units(backbone.model)))
-        self.cut: Cut = cut_at(backbone.model, frozen, size, node)
+        if cut is None:
+            cut = cut_at(backbone.model, num_frozen_units(freeze, len(units(backbone.model))), size)
+        self.cut = cut
         self.dtype_choice: DtypeChoice = choose_dtype(dtype, self.device)
         prefix_sha256 = state_sha256(self.cut.prefix)
         self._fast = inference.prepare(self.cut.prefix, size, self.dtype_choice.dtype, self.device)

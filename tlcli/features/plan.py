@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tlcli.backbones.backbone import Backbone
+from tlcli.backbones.cut import Cut
 from tlcli.config.backbone import CacheMode
 from tlcli.config.commands import FinetuneConfig
 from tlcli.data.audit import examine, require_usable
@@ -74,7 +75,8 @@ class FeaturePlan:
         rows = f"{shape} {extractor.row_dtype}: {self.rows_to_reuse:,} cached, "
         rows += f"{self.rows_to_compute:,} to compute"
         if self.rows_to_compute:
-            rows += f" ({size_text(self.new_bytes)}, about {self.predicted_seconds:.0f} s)"
+            how = " by a trial" if self.rows_to_compute >= TRIAL_ROWS else ""
+            rows += f" ({size_text(self.new_bytes)}, about {self.predicted_seconds:.0f} s{how})"
         policy = extractor.views.policy if extractor.views else None
         views = {}
         if policy and self.num_views > 1:
@@ -207,14 +209,14 @@ def compute_features(
 
 
 def make_extractor(
-    backbone: Backbone, config: Any, *, node: str | None = None, policy: AugmentPolicy | None = None
+    backbone: Backbone, config: Any, *, cut: Cut | None = None, policy: AugmentPolicy | None = None
 ) -> Extractor:
     """Return the extractor that the feature options of `config` ask for.
 
     Args:
         backbone: From `load_backbone`.
         config: With the fields of FeatureOptions and, for a policy, those of AugmentOptions.
-        node: Name of an earlier operation to cut at; see `cut_at`.
+        cut: Where the backbone is divided; None cuts it where `config.freeze` says.
         policy: How views from 1 on are made; None where view 0 is all there is.
     """
     return Extractor(
@@ -223,7 +225,7 @@ def make_extractor(
         device=config.device,
         dtype=config.dtype,
         cache_dtype=config.cache_dtype,
-        node=node,
+        cut=cut,
         views=Views(policy, config.view_seed) if policy is not None else None,
     )
 

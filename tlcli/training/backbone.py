@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tlcli.backbones.cut import freeze_parameters
 from tlcli.backbones.units import units
 from tlcli.config.commands import FinetuneConfig
 from tlcli.data.collection import Collection, groups_of, labels_of
@@ -84,6 +85,7 @@ def train_backbone(
     extractor, recipe = plan.extractor, plan.recipe
     num_classes = len(train_part.dataset.class_names)
     device, workers = extractor.device, config.num_workers
+    freeze_parameters(extractor.cut)
     suffix = extractor.cut.suffix.to(device)
     train_source = _inputs(plan, train_part, plan.num_views)
     val_source = _inputs(plan, val_part, 1) if val_part.samples else None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tlcli.backbones.backbone import Backbone
+from tlcli.backbones.cut import cut_earlier
 from tlcli.backbones.initialise import reinitialise
 from tlcli.backbones.units import num_frozen_units, units
 from tlcli.backbones.zoo import load_backbone
@@ -25,7 +26,7 @@ from tlcli.config.training import Scenario
 from tlcli.data.augment import AugmentPolicy, resolve_policy
 from tlcli.data.collection import Collection
 from tlcli.errors import UsageError
-from tlcli.features import cache_decision as caching
+from tlcli.features.cache_decision import UNDECIDED, CachingDecision, decide, is_measured
 from tlcli.features.cost_trial import CUT, RECOMPUTE
 from tlcli.features.extractor import Extractor
 from tlcli.features.plan import FeaturePlan, make_extractor, plan_features
@@ -63,7 +64,7 @@ class TrainingPlan:
     num_views: int | None
     extractor: Extractor
     features: FeaturePlan | None
-    caching: caching.CachingDecision | None
+    caching: CachingDecision | None
     amp: Any
     num_units: int
     notes: tuple[str, ...]
@@ -112,7 +113,11 @@ class TrainingPlan:
 
 
 def plan_training(
-    config: FinetuneConfig, collection: Collection, continued: Mapping[str, Any] | None = None
+    config: FinetuneConfig,
+    collection: Collection,
+    continued: Mapping[str, Any] | None = None,
+    *,
+    dry_run: bool = False,
 ) -> TrainingPlan:
     """Return how the backbone will be trained.
 
@@ -120,6 +125,8 @@ def plan_training(
         config: With a scenario other than feature-extraction.
         collection: Images of train and val.
         continued: run.json of the run that is continued: what was measured for it holds.
+        dry_run: The plan is not carried out: nothing is written, and what a trial would
+            decide stays undecided.
 
     Raises:
         UsageError: Options contradict each other.
@@ -127,120 +134,109 @@ def plan_training(
         StorageError: The rows would not fit.
     """
     scenario = config.resolved_scenario()
-    check_optimizer(config.opt)
-    _check_tracker(config.tracker)
     backbone = load_trainable(config, scenario)
     num_units = len(units(backbone.model))
-    notes = []
-    frozen = 0
-    if scenario == "freeze":
-        frozen, note = _frozen_units(config, num_units)
-        notes += [note] if note else []
+    frozen, notes = _frozen_units(config, num_units) if scenario == "freeze" else (0, ())
     num_train = collection.num_images()["train"]
     policy = resolve_policy(config, num_train)
     config = dataclasses.replace(config, freeze=str(frozen), scenario=scenario)
     num_views = 1 if policy.is_none else config.views or (DEFAULT_VIEWS if scenario == "freeze" else None)
-    features: FeaturePlan | None = None
-    decision = None
     recipe = resolve(
         config,
         num_train=num_train,
         has_batch_norm=any(isinstance(module, NORM_LAYERS) for module in backbone.model.modules()),
         num_processes=processes.world_size(),
     )
-    pictures = None if policy.is_none else policy
-    extractor = None
+    features, decision = None, None
+    extractor = make_extractor(backbone, config, policy=None if policy.is_none else policy)
     if scenario == "freeze":
-        extractor = make_extractor(backbone, config, policy=pictures)
         # The probe is one more pass over the images.
         passes = recipe.epochs + (recipe.head_init == "probe")
-        decision = _decided(continued) or _decide(config, collection, extractor, num_views or 1, passes)
+        decision = _decided(continued) or _decide(
+            config, collection, extractor, num_views=num_views or 1, epochs=passes, dry_run=dry_run
+        )
         decision = processes.from_main(decision)
         if decision.node is not None:
-            extractor = make_extractor(backbone, config, node=decision.node, policy=pictures)
+            earlier = cut_earlier(extractor.cut, decision.node)
+            extractor = make_extractor(
+                backbone, config, cut=earlier, policy=None if policy.is_none else policy
+            )
         if decision.where == RECOMPUTE:
             num_views = 1 if policy.is_none else config.views
         else:
             features = _plan_features(config, collection, extractor, num_views or 1)
     elif recipe.head_init == "probe":
         whole = from_options(FeatureOptions, {**to_options(config), "freeze": "all"})
-        pooled = make_extractor(backbone, whole)
-        features = _plan_features(config, collection, pooled, 1)
-    extractor = extractor or make_extractor(backbone, config, policy=pictures)
+        features = _plan_features(config, collection, make_extractor(backbone, whole), 1)
     amp = _amp(config, extractor.device)
-    return TrainingPlan(
-        recipe, policy, num_views, extractor, features, decision, amp, num_units, tuple(notes)
-    )
+    return TrainingPlan(recipe, policy, num_views, extractor, features, decision, amp, num_units, notes)
 
 
 def _plan_features(
     config: FinetuneConfig, collection: Collection, extractor: Extractor, num_views: int
 ) -> FeaturePlan:
-    workers = config.num_workers
     return plan_features(
         collection,
         extractor,
         cache=config.cache,
-        workers=workers,
+        workers=config.num_workers,
         max_bad=config.max_bad,
         num_views=num_views,
         max_bytes=config.cache_max_bytes,
     )
 
 
-def _decided(continued: Mapping[str, Any] | None) -> caching.CachingDecision | None:
+def _decided(continued: Mapping[str, Any] | None) -> CachingDecision | None:
     """Return the decision of the run that is continued: another would draw other views."""
     before = (continued or {}).get("recipe", {}).get("caching")
-    return (
-        None if before is None else caching.CachingDecision(before["where"], f"as before: {before['reason']}")
-    )
+    return None if before is None else CachingDecision(before["where"], f"as before: {before['reason']}")
 
 
 def _decide(
-    config: FinetuneConfig, collection: Collection, extractor: Extractor, num_views: int, epochs: int
-) -> caching.CachingDecision:
+    config: FinetuneConfig,
+    collection: Collection,
+    extractor: Extractor,
+    *,
+    num_views: int,
+    epochs: int,
+    dry_run: bool,
+) -> CachingDecision:
     """Return where the prefix's work is kept: as --cache says, or where it is quickest."""
     if config.cache == "never":
-        return caching.CachingDecision(RECOMPUTE, "recomputing in each epoch: --cache never")
+        return CachingDecision(RECOMPUTE, "recomputing in each epoch: --cache never")
     if config.cache != "auto":
-        return caching.CachingDecision(CUT, f"caching at the cut: --cache {config.cache}")
-    workers = config.num_workers
+        return CachingDecision(CUT, f"caching at the cut: --cache {config.cache}")
+    if dry_run and is_measured(collection):
+        return CachingDecision(
+            UNDECIDED, "a trial of a few seconds will decide: caching at the cut, earlier, or recomputing"
+        )
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(_amp(config, extractor.device))
-    return caching.decide(
-        extractor, collection, epochs=epochs, num_views=num_views, workers=workers, amp=amp,
+    return decide(
+        extractor, collection, epochs=epochs, num_views=num_views, workers=config.num_workers, amp=amp,
         max_bytes=config.cache_max_bytes,
     )  # fmt: skip
 
 
 def load_trainable(config: FinetuneConfig, scenario: Scenario) -> Backbone:
-    """Load the backbone; for scratch its architecture alone, with random weights.
-
-    Raises:
-        UsageError: Weights are named for a training that does not use them.
-    """
+    """Load the backbone; for scratch its architecture alone, with random weights."""
     if scenario != "scratch":
         return load_backbone(config, drop_path=config.drop_path)
-    if config.weights:
-        raise UsageError(
-            "--weights and --scenario scratch contradict each other: scratch starts from random weights.",
-            hint="Leave --weights out, or use --scenario full.",
-        )
     backbone = load_backbone(dataclasses.replace(config, random_init=True), drop_path=config.drop_path)
     reinitialise(backbone.model, config.init, config.seed)
     return backbone
 
 
-def _frozen_units(config: FinetuneConfig, num_units: int) -> tuple[int, str]:
+def _frozen_units(config: FinetuneConfig, num_units: int) -> tuple[int, tuple[str, ...]]:
     if config.freeze is None:
         frozen = max(1, min(num_units - 1, round(DEFAULT_SHARE * num_units)))
-        return frozen, f"freezing {frozen} of {num_units} units, two thirds; --freeze K chooses"
+        return frozen, (f"freezing {frozen} of {num_units} units, two thirds; --freeze K chooses",)
     frozen = num_frozen_units(config.freeze, num_units)
     if frozen == num_units:
         raise UsageError(
             f"--freeze {config.freeze} freezes all of the {num_units} units: nothing is left to train.",
             hint="Use --freeze all to train a head alone, or a smaller number.",
         )
-    return frozen, ""
+    return frozen, ()
 
 
 def _amp(config: FinetuneConfig, device: torch.device) -> str:
@@ -253,7 +249,14 @@ def _amp(config: FinetuneConfig, device: torch.device) -> str:
     return "fp16" if device.type == "cuda" else "none"
 
 
-def _check_tracker(name: str) -> None:
+def check_packages(config: FinetuneConfig) -> None:
+    """Refuse an optimiser or a tracker that is not installed, before the data is read.
+
+    Raises:
+        UsageError: It is not.
+    """
+    check_optimizer(config.opt)
+    name = config.tracker
     package = {"none": "torch"}.get(name, name)
     if importlib.util.find_spec(package) is None:
         extra = "'tlcli[trackers]'" if name == "tensorboard" else name

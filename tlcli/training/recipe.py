@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from tlcli.config.commands import FinetuneConfig
 from tlcli.config.training import Scenario, TrainingOptions
-from tlcli.errors import UsageError
 
 # Optimiser steps that a default training takes, by scenario, and the epochs it stays within.
 STEPS = {"freeze": 400, "full": 400, "scratch": 4_000}
@@ -111,12 +110,8 @@ def resolve(
         num_train: Training images.
         has_batch_norm: Whether the trained units hold batch normalisation.
         num_processes: Over which each batch is divided.
-
-    Raises:
-        UsageError: An option is not one value, or contradicts another.
     """
     scenario = config.resolved_scenario()
-    _refuse(config, scenario)
     batch = config.batch_size or _batch_size(num_train, num_processes)
     epochs = config.epochs or _epochs(scenario, num_train, batch)
     options = {
@@ -133,7 +128,7 @@ def resolve(
         "batch_size": batch,
         "lr": _learning_rate(config, scenario, batch, has_batch_norm),
         "weight_decay": _or(config.weight_decay, WEIGHT_DECAY[scenario]),
-        "l2": _single(config.l2_values, "--l2") or 0.0,
+        "l2": _only(config.l2_values) or 0.0,
         "l1": config.l1,
         "max_norm": config.max_norm,
         "layer_decay": _or(config.layer_decay, LAYER_DECAY[scenario]),
@@ -141,7 +136,7 @@ def resolve(
         "decay_epochs": _or(config.decay_epochs, 2.0 if config.sched == "plateau" else epochs / 3),
         "label_smoothing": LABEL_SMOOTHING if smoothing is None else smoothing,
         "class_weights": config.class_weights,
-        "dropout": _single(config.dropout_values, "--dropout") or 0.0,
+        "dropout": _only(config.dropout_values) or 0.0,
         "norm": norm,
         "norm_reason": reason,
         "head_init": _head_init(config, scenario),
@@ -149,24 +144,6 @@ def resolve(
         "seed": config.seed,
     }
     return Recipe(**values)
-
-
-def _refuse(config: FinetuneConfig, scenario: Scenario) -> None:
-    if config.refit:
-        raise UsageError(
-            "--refit belongs to heads on frozen features.",
-            hint="Train on all images with --val-fraction 0.01, or leave --refit out.",
-        )
-    if scenario == "scratch" and config.head_init == "probe":
-        raise UsageError(
-            "--head-init probe needs pretrained features, which --scenario scratch gives up.",
-            hint="Leave --head-init out.",
-        )
-    if scenario == "scratch" and config.l2_sp:
-        raise UsageError(
-            "--l2-sp pulls towards pretrained weights, which --scenario scratch gives up.",
-            hint="Leave --l2-sp out.",
-        )
 
 
 def _batch_size(num_train: int, num_processes: int) -> int:
@@ -186,7 +163,7 @@ def _learning_rate(
     if config.lr == "auto":
         return None
     if config.lr is not None:
-        return _single(config.lr_values, "--lr")
+        return _only(config.lr_values)
     words = config.opt.lower()
     if words.startswith(("sgd", "momentum", "nesterov", "lars", "muon")):
         rate = SGD_LR[scenario] * batch / 32
@@ -222,16 +199,9 @@ def _head_init(config: FinetuneConfig, scenario: Scenario) -> Literal["probe", "
     return "random" if scenario == "scratch" or config.random_init else "probe"
 
 
-def _single(values: tuple[float, ...] | None, name: str) -> float | None:
+def _only(values: tuple[float, ...] | None) -> float | None:
     """Return the one value of an option that heads take as a grid; None where none is given."""
-    if values is None:
-        return None
-    if len(values) != 1:
-        raise UsageError(
-            f"{name} {','.join(f'{value:g}' for value in values)} is a grid; a training takes one value.",
-            hint="Grids are for heads on frozen features (--freeze all).",
-        )
-    return values[0]
+    return values[0] if values else None
 
 
 def _or(value: float | None, default: float) -> float:
