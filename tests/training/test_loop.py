@@ -12,12 +12,13 @@ from torch import nn
 from tlcli.config.commands import FinetuneConfig
 from tlcli.errors import Interrupted, UsageError
 from tlcli.progress import Silent
-from tlcli.training import loop
+from tlcli.training import stepper
 from tlcli.training.checkpoints import Checkpoints
 from tlcli.training.inputs import PLAIN
-from tlcli.training.loop import Samples, Setting, network_logits, train
+from tlcli.training.loop import Samples, network_logits, train
 from tlcli.training.network import Network
 from tlcli.training.recipe import resolve
+from tlcli.training.setting import Setting
 
 COUNT, WIDTH, CLASSES = 44, 6, 3
 
@@ -244,7 +245,7 @@ def test_how_often_losses_are_read_changes_nothing(monkeypatch, tmp_path, steps)
     diverging = recipe(lr="9", opt="momentum", momentum=0.999, l2="9", epochs=90, sched="constant")
     found = []
     for every in (1, steps):
-        monkeypatch.setitem(loop.READ_STEPS, "cpu", every)
+        monkeypatch.setitem(stepper.READ_STEPS, "cpu", every)
         net, trained = run(recipe(lr="auto"), tmp_path / str(every), checkpoint_seconds=0)
         with pytest.raises(UsageError) as caught:
             run(diverging)

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
 
 
 def reinitialise(model: nn.Module, init: str, seed: int) -> None:
@@ -84,7 +85,7 @@ def _draw(weight: torch.Tensor, init: str, fan_in: float, fan_out: float, genera
 
 
 def _reset_norm(module: Any) -> None:
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if isinstance(module, BATCH_NORMS):
         module.reset_running_stats()
     if module.weight is not None and module.weight.any():
         module.weight.fill_(1.0)

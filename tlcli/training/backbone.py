@@ -20,9 +20,10 @@ from tlcli.progress import Progress
 from tlcli.runs.directory import RunDirectory
 from tlcli.training.checkpoints import Checkpoints
 from tlcli.training.inputs import ImageInputs, Inputs, RowInputs
-from tlcli.training.loop import Samples, Setting, Trained, network_logits, train
+from tlcli.training.loop import Samples, Trained, network_logits, train
 from tlcli.training.network import make_network
 from tlcli.training.plan import TrainingPlan
+from tlcli.training.setting import Setting
 
 logger = logging.getLogger(__name__)
 

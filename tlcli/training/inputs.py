@@ -38,6 +38,11 @@ PLAIN = -1
 """The epoch that stands for evaluation: every sample's plain view."""
 
 
+def channels_last(inputs: Tensor) -> Tensor:
+    """Return maps in channels-last memory, which convolutions are fastest on; other inputs as they are."""
+    return inputs.contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs
+
+
 class Inputs(Protocol):
     """Gives the network's inputs."""
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tlcli.backbones.initialise import BATCH_NORMS
 from tlcli.backbones.side_branches import side_branches
 from tlcli.config.head import HeadOptions
 from tlcli.heads.head import Head
 from tlcli.heads.linear import LinearHead
 from tlcli.heads.mlp import ACTIVATIONS, MlpHead, initial_weight
 
-NORM_LAYERS = nn.modules.batchnorm._BatchNorm
 HEAD = "head."  # how names of the head's parameters begin; the suffix's keep the backbone's own names
 
 
@@ -132,7 +132,7 @@ class Network(nn.Module):
         return self
 
     def _norms(self) -> Iterator[nn.Module]:
-        return (module for module in self.suffix.modules() if isinstance(module, NORM_LAYERS))
+        return (module for module in self.suffix.modules() if isinstance(module, BATCH_NORMS))
 
     @property
     def has_batch_norm(self) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from tlcli.backbones.backbone import Backbone
 from tlcli.backbones.cut import cut_earlier
-from tlcli.backbones.initialise import reinitialise
+from tlcli.backbones.initialise import BATCH_NORMS, reinitialise
 from tlcli.backbones.units import num_frozen_units, units
 from tlcli.backbones.zoo import load_backbone
 from tlcli.config.backbone import FeatureOptions
@@ -32,7 +32,6 @@ from tlcli.features.extractor import Extractor
 from tlcli.features.plan import FeaturePlan, make_extractor, plan_features
 from tlcli.machine import processes
 from tlcli.machine.device import fast_bf16
-from tlcli.training.network import NORM_LAYERS
 from tlcli.training.optimizer import check_optimizer
 from tlcli.training.recipe import Recipe, resolve
 
@@ -144,7 +143,7 @@ def plan_training(
     recipe = resolve(
         config,
         num_train=num_train,
-        has_batch_norm=any(isinstance(module, NORM_LAYERS) for module in backbone.model.modules()),
+        has_batch_norm=any(isinstance(module, BATCH_NORMS) for module in backbone.model.modules()),
         num_processes=processes.world_size(),
     )
     features, decision = None, None

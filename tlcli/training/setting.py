@@ -1,0 +1,42 @@
+"""Where and how a training runs, and what it is told to whom: nothing that changes what comes out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tlcli.progress import Progress, Silent
+from tlcli.training.checkpoints import Checkpoints
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Where and how training runs; nothing here changes what comes out, but for `amp` and `device`.
+
+    Attributes:
+        device: Where the network is trained.
+        amp: Compute type under automatic mixed precision.
+        workers: Threads that load.
+        unit_of: Backbone parameter name -> unit, from 1.
+        num_units: Units of the backbone.
+        checkpoints: Where states go; None saves none.
+        checkpoint_seconds: Between two of them, beside those at the end of an epoch.
+        progress: Told of every image.
+        on_epoch: Called by the first process with one dict an epoch, all of them so far.
+        tracker: Name of one of accelerate's trackers, or none.
+        log_dir: Where a tracker may write.
+    """
+
+    device: torch.device
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    workers: int = 1
+    unit_of: dict[str, int] = field(default_factory=dict)
+    num_units: int = 0
+    checkpoints: Checkpoints | None = None
+    checkpoint_seconds: float = 300.0
+    progress: Progress = field(default_factory=Silent)
+    on_epoch: Callable[[list[dict[str, Any]]], None] = lambda _history: None
+    tracker: str = "none"
+    log_dir: Path | None = None
