@@ -85,14 +85,14 @@ def decode_alone(samples: list[Sample], extractor: Extractor, workers: int) -> f
     """Return the seconds of reading, decoding and resizing on all threads."""
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         started = time.perf_counter()
-        list(pool.map(lambda sample: extractor.transform(decode(read_bytes(sample.path))), samples))
+        list(pool.map(lambda sample: extractor.view.transform(decode(read_bytes(sample.path))), samples))
         return time.perf_counter() - started
 
 
 def forward_alone(count: int, extractor: Extractor, workers: int) -> float:
     """Return the seconds of the prefix on `count` images, as it is run: a batch a thread, or on a GPU."""
     images = torch.randint(
-        0, 256, (extractor.batch_size, 3, *extractor.transform.image_size), dtype=torch.uint8
+        0, 256, (extractor.batch_size, 3, *extractor.view.transform.image_size), dtype=torch.uint8
     )
     batches = -(-count // extractor.batch_size)
     if extractor.device.type != "cpu":

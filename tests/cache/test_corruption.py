@@ -31,7 +31,8 @@ from tests.cache.cached import (
     shard_paths,
     spec,
 )
-from tlcli.cache.entry import Entry, last_used
+from tlcli.cache.entry import Entry
+from tlcli.cache.entry_files import last_used
 from tlcli.cache.prune import IN_USE_SECONDS, QUARANTINE_SECONDS, execute_prune, plan_prune
 from tlcli.cache.shard import DamagedShard, open_shard
 from tlcli.cache.store import Store

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.cache.cached import DIM, ENV, check, put, quarantined, row, row_key, shard_paths, spec
-from tlcli.cache import entry as entries
+from tlcli.cache import entry_files, index
 from tlcli.cache.shard import environment
 from tlcli.errors import BackboneError, StorageError
 from tlcli.machine import files
@@ -310,7 +310,7 @@ def test_a_pruned_shard_is_missing(entry, reopen):
 
 def test_a_shard_that_vanishes_between_listing_and_opening(entry, reopen, monkeypatch):
     put(entry, [0])
-    monkeypatch.setattr(entries, "open_shard", failing(errno.ENOENT))
+    monkeypatch.setattr(index, "open_shard", failing(errno.ENOENT))
     check(reopen(), [0], missing=[0])
 
 
@@ -464,14 +464,14 @@ def test_looking_changes_nothing(entry, store):
     check(looker, range(6), missing=[1, 3, 4, 5])
     assert {item.shard for item in looker.damage} == {path.name for path in shard_paths(entry)}
     assert sorted(entry.directory.rglob("*")) == before
-    assert entries.last_used(entry.directory) == 5
+    assert entry_files.last_used(entry.directory) == 5
 
 
 # ---- last use ---------------------------------------------------------------------------------------------
 
 
 def test_the_mark_of_last_use(entry, reopen):
-    assert entries.last_used(entry.directory) == 0
+    assert entry_files.last_used(entry.directory) == 0
     check(entry, [0], missing=[0])
     assert not entry.directory.exists()  # reading makes nothing
     put(entry, [0])
@@ -485,4 +485,4 @@ def test_the_mark_of_last_use(entry, reopen):
         reopen().read([row_key(0)])
         assert mark.stat().st_mtime == pytest.approx(now, abs=60)
     mark.unlink()
-    assert entries.last_used(entry.directory) == pytest.approx(now, abs=60)
+    assert entry_files.last_used(entry.directory) == pytest.approx(now, abs=60)

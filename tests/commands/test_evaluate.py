@@ -37,7 +37,7 @@ def run(trained, tmp_path):
 def probabilities_of(run, paths):
     """Return softmax outputs [n, C] and class names, computed image by image."""
     predictor = Predictor(open_run(str(run)), dtype="fp32")
-    images = [predictor.extractor.transform(decode(read_bytes(path))) for path in paths]
+    images = [predictor.extractor.view.transform(decode(read_bytes(path))) for path in paths]
     return predictor.logits(torch.stack(images)).softmax(1).numpy(), predictor.class_names
 
 

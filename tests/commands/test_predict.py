@@ -30,7 +30,9 @@ def samples(trained):
 
 
 def test_logits_equal_those_of_timm_on_the_same_tensor(trained, predictor, samples):
-    images = torch.stack([predictor.extractor.transform(decode(read_bytes(s.path))) for s in samples[:20]])
+    images = torch.stack(
+        [predictor.extractor.view.transform(decode(read_bytes(s.path))) for s in samples[:20]]
+    )
     model = timm.create_model(f"local-dir:{trained.run}", pretrained=True).eval()
     assert model.num_classes == 3
     config = timm.data.resolve_model_data_config(model)
@@ -48,7 +50,9 @@ def test_a_tuned_network_gives_the_logits_of_what_was_trained(make_tuned, sample
     run = make_tuned(backbone, hidden)
     model, head = torch.load(run.with_suffix(".pt"), weights_only=False)
     predictor = Predictor(open_run(str(run)), dtype="fp32")
-    images = torch.stack([predictor.extractor.transform(decode(read_bytes(s.path))) for s in samples[:9]])
+    images = torch.stack(
+        [predictor.extractor.view.transform(decode(read_bytes(s.path))) for s in samples[:9]]
+    )
     preprocess = predictor.extractor.backbone.preprocess
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
     with torch.inference_mode():

@@ -22,8 +22,10 @@ from tlcli.data.decode import decode
 from tlcli.data.folders import find_images
 from tlcli.data.split import fingerprint
 from tlcli.errors import BackboneError, StorageError
-from tlcli.features.extractor import PLAIN_VIEW, Extractor, to_numpy, to_tensor
+from tlcli.features.batch import to_numpy, to_tensor
+from tlcli.features.extractor import Extractor
 from tlcli.features.feature_store import FeatureStore
+from tlcli.features.views import PLAIN_VIEW
 from tlcli.machine import paths
 from tlcli.progress import Silent
 
@@ -125,7 +127,7 @@ def test_a_row_is_what_the_network_gives_for_the_transformed_image(plain, sample
     backbone = load_backbone(BackboneOptions(backbone="test_resnet", random_init=True, image_size=32))
     for sample in samples[:3]:
         with open(sample.path, "rb") as file:
-            image = plain.transform(decode(file.read())).float() / 255
+            image = plain.view.transform(decode(file.read())).float() / 255
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (plain.backbone.preprocess.mean,
                                                              plain.backbone.preprocess.std))  # fmt: skip
         with torch.inference_mode():
@@ -353,7 +355,7 @@ def test_rows_that_are_not_finite_are_refused_by_name(samples):
 
 def test_a_full_disk_is_told_before_the_work(plain, samples):
     store = FeatureStore(plain)
-    store.store.max_bytes = 100
+    store.cache.max_bytes = 100
     with pytest.raises(StorageError, match="cap"):
         fill(store, samples)
     assert not paths.home().exists()

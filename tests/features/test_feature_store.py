@@ -19,8 +19,10 @@ from tlcli.data.folders import find_images
 from tlcli.data.split import fingerprint
 from tlcli.errors import ResourceError
 from tlcli.features import extractor as extracting
-from tlcli.features.extractor import Extractor, Views
+from tlcli.features.batch import to_numpy
+from tlcli.features.extractor import Extractor
 from tlcli.features.feature_store import FeatureStore
+from tlcli.features.views import Views
 from tlcli.machine import memory, paths
 from tlcli.progress import Silent
 
@@ -89,7 +91,7 @@ def test_rows_do_not_depend_on_how_views_are_grouped(made, samples, views):
     assert sum(batch.num_items for batch in batches) == 3 * views
     for sample in samples[:3]:
         for view in (0, views - 1):
-            expected = extracting.to_numpy(direct(made, sample, view))
+            expected = to_numpy(direct(made, sample, view))
             assert (found[sample.name, view] == expected).all()
 
 

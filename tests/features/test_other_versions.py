@@ -19,9 +19,10 @@ from tlcli.data.dataset import Sample
 from tlcli.data.folders import find_images
 from tlcli.data.split import fingerprint
 from tlcli.features import other_versions
-from tlcli.features.extractor import Extractor, Views
+from tlcli.features.extractor import Extractor
 from tlcli.features.feature_store import FeatureStore
 from tlcli.features.other_versions import SAMPLE_ROWS, TOLERANCE
+from tlcli.features.views import Views
 from tlcli.machine import paths
 from tlcli.progress import Silent
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tlcli.cache.entry import TAG, last_used
+from tlcli.cache.entry_files import TAG, last_used
 from tlcli.cache.errors import cache_errors
 from tlcli.cache.shard import Shard
 from tlcli.cache.store import Store, Summary

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tlcli.cache.entry import Entry, last_used, read_spec, tag_root
+from tlcli.cache.entry import Entry
+from tlcli.cache.entry_files import last_used, read_spec, tag_root
 from tlcli.cache.errors import cache_errors
 from tlcli.cache.key import SCHEMA, canonical_json, entry_key, explain
 from tlcli.cache.shard import Shard

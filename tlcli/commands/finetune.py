@@ -33,12 +33,13 @@ from tlcli.features.plan import (
 )
 from tlcli.heads.fit import FittedHead, fit_head
 from tlcli.machine import processes
+from tlcli.machine.versions import versions
 from tlcli.metrics.evaluation import STORED_MISTAKES, Evaluation, headline, measure
 from tlcli.metrics.intervals import wilson_interval
 from tlcli.progress import Progress
 from tlcli.runs.card import model_card
 from tlcli.runs.directory import RunDirectory, check_run_dir, default_run_dir, run_to_continue
-from tlcli.runs.model_files import save_model, versions
+from tlcli.runs.model_files import save_model
 from tlcli.runs.results import write_evaluation
 from tlcli.training import plan as tuning
 from tlcli.training.backbone import TrainedBackbone, train_backbone

@@ -204,7 +204,7 @@ def decide(
         else:
             store = FeatureStore(extractor, max_bytes=max_bytes)
             rows = store.num_new(collection.fingerprints, views)
-            fits = rows * extractor.row_bytes <= store.store.free_bytes()
+            fits = rows * extractor.row_bytes <= store.cache.free_bytes()
             found = _unmeasured(rows if fits else math.inf, len(splits), epochs)
     decision = processes.from_main(found)
     assert decision is not None

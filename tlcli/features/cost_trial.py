@@ -29,8 +29,9 @@ from tlcli.data.collection import Collection
 from tlcli.data.decode import decode
 from tlcli.data.image_files import DecodeError, read_bytes
 from tlcli.errors import DataError
-from tlcli.features.extractor import PLAIN_VIEW, Extractor
+from tlcli.features.extractor import Extractor
 from tlcli.features.feature_store import FeatureStore
+from tlcli.features.views import PLAIN_VIEW
 from tlcli.machine import memory
 from tlcli.machine.device import torch_threads
 from tlcli.machine.files import opened
@@ -263,7 +264,7 @@ def measure_costs(
     """
     extractor = trial.extractor
     store = FeatureStore(extractor, max_bytes=max_bytes)
-    free = store.store.free_bytes()
+    free = store.cache.free_bytes()
     num_views, num_rows = max(map(len, views)), sum(map(len, views))
     with torch_threads(1):  # as each of the threads that load has
         images, load, view = trial.load(collection, PLAIN_VIEW if num_views == 1 else 1, workers)
@@ -277,7 +278,7 @@ def measure_costs(
         spec = {**extractor.spec, "row_shape": list(row_shape)}
         write, read = 0.0, 0.0
         if free > 2 * TRIAL_BYTES:
-            write, read = disk_seconds(store.store, spec, num_rows * row_bytes)
+            write, read = disk_seconds(store.cache, spec, num_rows * row_bytes)
         places.append(
             Place(where=where, row_bytes=row_bytes, rows_to_compute=new, prefix_seconds=share * prefix,
                   rest_seconds=rest, write_seconds=write, read_seconds=read)

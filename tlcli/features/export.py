@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tlcli.data.listing import spreadsheet_cell
-from tlcli.features.extractor import to_numpy
+from tlcli.features.batch import to_numpy
 from tlcli.features.outcome import Outcome
 from tlcli.features.plan import FeaturePlan, read_rows
 from tlcli.machine import files

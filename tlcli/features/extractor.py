@@ -19,49 +19,30 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tlcli import __version__
 from tlcli.backbones import inference
 from tlcli.backbones.backbone import Backbone, state_sha256
 from tlcli.backbones.cut import Cut, cut_at
 from tlcli.backbones.units import num_frozen_units, units
-from tlcli.cache.key import SCHEMA, RowKey
-from tlcli.data.augment import Augmenter, AugmentPolicy
+from tlcli.cache.key import SCHEMA
 from tlcli.data.dataset import Sample
 from tlcli.data.decode import POLICY, decode
 from tlcli.data.image_files import BadImage, DecodeError, read_bytes
-from tlcli.data.transforms import EvalTransform
 from tlcli.errors import BackboneError
+from tlcli.features.batch import Batch, Item
+from tlcli.features.views import PLAIN_VIEW, ViewMaker, Views
 from tlcli.machine.device import DeviceChoice, DtypeChoice, choose_device, choose_dtype
+from tlcli.machine.versions import environment
 
 CPU_BATCH = 4  # of 224 x 224 pixels, more of smaller ones: the maps of a batch should stay in the cache
 MAX_CPU_BATCH = 16
 GPU_BATCH = 128
-PLAIN_VIEW = 0
 ROWS_AT_ONCE = 64  # a thread's turn: enough that several views of a few images fill whole batches
-
-Array = np.ndarray[Any, Any]
-Item = tuple[Sample, Sequence[int]]
-"""An image and the views of it that are wanted."""
-
-
-@dataclass(frozen=True)
-class Views:
-    """How views from 1 on are made.
-
-    Attributes:
-        policy: What varies, and how much.
-        seed: Of --view-seed.
-    """
-
-    policy: AugmentPolicy
-    seed: int = 0
 
 
 class Extractor:
@@ -78,6 +59,7 @@ class Extractor:
 
     Attributes:
         cut: Where the backbone is divided.
+        view: (image, SHA-256 of its file, number) -> one view of it; see ViewMaker.
         row_dtype: "fp32" or "bf16".
         spec: The facts that make a row of view 0 what it is: the entry key is their hash.
         views_spec: The same for the other views; None without `views`.
@@ -109,25 +91,21 @@ class Extractor:
         self._fast_sha256 = state_sha256(self._fast.module)
         pooled = len(self.cut.row_shape) == 1
         self.row_dtype = ("fp32" if pooled else "bf16") if cache_dtype == "auto" else cache_dtype
-        self.transform = EvalTransform(backbone.preprocess)
+        self.view = ViewMaker(backbone.preprocess, views)
         self.spec: dict[str, Any] = {
             "schema": SCHEMA,
             "architecture": backbone.architecture,
             "arguments": json.dumps(backbone.arguments, sort_keys=True, default=str),
             "prefix_sha256": prefix_sha256,
             "cut": self.cut.node,
-            "preprocess": self.transform.facts(),
+            "preprocess": self.view.transform.facts(),
             "decode": dict(POLICY),
             "compute": self._fast.facts,
             "row_dtype": self.row_dtype,
             "row_shape": list(self.cut.row_shape),
         }
         self.views = views
-        self._augmenter: Augmenter | None = None
-        self.views_spec: dict[str, Any] | None = None
-        if views:
-            self._augmenter = Augmenter(views.policy, backbone.preprocess)
-            self.views_spec = {**self.spec, "augment": views.policy.facts(), "view_seed": views.seed}
+        self.views_spec: dict[str, Any] | None = {**self.spec, **views.key_facts()} if views else None
         mean = torch.tensor(backbone.preprocess.mean, device=self.device).view(1, 3, 1, 1)
         std = torch.tensor(backbone.preprocess.std, device=self.device).view(1, 3, 1, 1)
         self._scale, self._shift = 1 / (255 * std), -mean / std
@@ -144,25 +122,9 @@ class Extractor:
         """Return the bytes of one row."""
         return int(np.prod(self.cut.row_shape)) * (4 if self.row_dtype == "fp32" else 2)
 
-    def environment(self) -> dict[str, Any]:
-        """Return versions and device, recorded with the rows but no part of their key."""
-        import PIL
-        import timm
-        import torchvision
-
-        device = self.device.type  # not its number: equal GPUs compute alike
-        if device == "cuda":
-            device += f" {torch.cuda.get_device_name(self.device)}"
-        elif device == "cpu":
-            device += f" {torch.backends.cpu.get_cpu_capability()}"
-        return {
-            "tlcli": __version__,
-            "torch": str(torch.__version__),
-            "torchvision": str(torchvision.__version__),
-            "timm": str(timm.__version__),
-            "pillow": PIL.__version__,
-            "device": device,
-        }
+    def environment(self) -> dict[str, str]:
+        """Return versions and device, recorded with the rows but not part of their key."""
+        return environment(self.device)
 
     def check_unchanged(self) -> None:
         """Refuse rows of a prefix that is no longer the one the key was made of.
@@ -180,20 +142,6 @@ class Extractor:
                 "The backbone's weights changed while features were computed; these features are not kept.",
                 hint="Nothing may train the prefix during extraction.",
             )
-
-    def view(self, image: Tensor, key: str, view: int) -> Tensor:
-        """Return one view, uint8 [3, h, w] at the network's size, of a decoded image, uint8 [3, H, W].
-
-        Args:
-            image: The whole image.
-            key: SHA-256 of its file.
-            view: 0 for the plain one.
-        """
-        if view == PLAIN_VIEW:
-            return self.transform(image)
-        if self._augmenter is None or self.views is None:
-            raise ValueError(f"view {view} of an image: this extractor has no augmentation")
-        return self._augmenter(image, key, view, self.views.seed)
 
     def rows(self, images: Tensor, *, pad: bool = True) -> Tensor:
         """Return the rows of uint8 images [n, 3, h, w], n at most the batch size, on the device.
@@ -228,11 +176,11 @@ class Extractor:
         share = sum(len(views) for _, views in items) / sum(len(views) for _, views in few)
         return (time.perf_counter() - started) * share * lanes / workers
 
-    def compute(self, samples: Sequence[Sample], workers: int) -> Iterator["Batch"]:
+    def compute(self, samples: Sequence[Sample], workers: int) -> Iterator[Batch]:
         """Yield the plain rows of `samples` in batches, in order; see `compute_items`."""
         return self.compute_items([(sample, (PLAIN_VIEW,)) for sample in samples], workers)
 
-    def compute_items(self, items: Sequence[Item], workers: int) -> Iterator["Batch"]:
+    def compute_items(self, items: Sequence[Item], workers: int) -> Iterator[Batch]:
         """Yield the rows of views of images in batches, in order, decoded by `workers` threads.
 
         Each file is read and decoded once, for all of its views: the bytes that are hashed are the bytes that
@@ -276,7 +224,7 @@ class Extractor:
         if group:
             yield group
 
-    def _load_batch(self, items: Sequence[Item]) -> "Batch":
+    def _load_batch(self, items: Sequence[Item]) -> Batch:
         """Return decoded images, and on a CPU already their rows; runs in a thread of the pool."""
         batch, images = Batch(), []
         for sample, views in items:
@@ -310,7 +258,7 @@ class Extractor:
             return self.rows(images)
         return torch.cat([self.rows(part) for part in torch.split(images, self.batch_size)])
 
-    def _start(self, batch: "Batch") -> "Batch":
+    def _start(self, batch: Batch) -> Batch:
         """Start computing a decoded batch's rows on a GPU, and their way back."""
         if batch.tensor is None or self.device.type == "cpu":
             return batch
@@ -324,52 +272,3 @@ class Extractor:
         else:
             batch.tensor = rows
         return batch
-
-
-@dataclass
-class Batch:
-    """Rows of a few images.
-
-    Attributes:
-        keys: SHA-256 and name of the image of each row, in the order of the rows.
-        views: The view of each row.
-        num_items: Rows asked for, those of bad images included.
-        bad_images: The images that could not be read or decoded.
-        undecodable: SHA-256 -> reason of those that could be read.
-        tensor: The rows; before they are computed, the images.
-        ready: When set, to be waited for before the rows are read.
-    """
-
-    keys: list[tuple[str, str]] = field(default_factory=list)
-    views: list[int] = field(default_factory=list)
-    num_items: int = 0
-    bad_images: list[BadImage] = field(default_factory=list)
-    undecodable: dict[str, str] = field(default_factory=dict)
-    tensor: Tensor | None = None
-    ready: torch.cuda.Event | None = None
-
-    def rows(self) -> Tensor | None:
-        """Return the rows on the CPU, in the order of the keys, or None when there are none."""
-        if self.ready is not None:
-            self.ready.synchronize()
-        return None if self.tensor is None else self.tensor.cpu()
-
-    def items(self) -> Iterator[tuple[RowKey, str, Array]]:
-        """Yield key (SHA-256 and view), name and row (float32, or bf16 as uint16 bit patterns)."""
-        rows = self.rows()
-        if rows is not None:
-            for (key, name), view, row in zip(self.keys, self.views, to_numpy(rows), strict=True):
-                yield (key, view), name, row
-
-
-def to_numpy(rows: Tensor) -> Array:
-    """Return rows as the cache takes them: float32, or bf16 as uint16 bit patterns."""
-    rows = rows.cpu().contiguous()
-    return rows.view(torch.int16).numpy().view(np.uint16) if rows.dtype == torch.bfloat16 else rows.numpy()
-
-
-def to_tensor(rows: Array) -> Tensor:
-    """Return the cache's rows as a tensor, float32 or bfloat16, of the same memory."""
-    if rows.dtype == np.uint16:
-        return torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(rows)

@@ -1,37 +1,31 @@
-"""The rows of one extractor: read where they are known, computed once where they are not.
-
-The rows of view 0 live in the plain entry, which every augmentation shares; those of the other views in an
-entry whose key also holds the augmentation and its seed. Views added later cost their own rows alone.
-"""
+"""The rows of one extractor: read where they are known, computed once where they are not."""
 
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 from torch import Tensor
 
 from tlcli.cache.entry import Entry
 from tlcli.cache.key import RowKey
-from tlcli.cache.shard import TABLE_BYTES, environment
 from tlcli.cache.store import Store
-from tlcli.cache.writer import Writer
 from tlcli.config.backbone import CacheMode
 from tlcli.data.dataset import Sample
 from tlcli.data.image_files import BadImage
 from tlcli.data.split import Fingerprint
-from tlcli.errors import ResourceError, TlcliError
-from tlcli.features import other_versions as canary
-from tlcli.features.extractor import PLAIN_VIEW, Array, Extractor, Item, to_tensor
+from tlcli.errors import TlcliError
+from tlcli.features import other_versions
+from tlcli.features.batch import Array, Item, to_tensor
+from tlcli.features.extractor import Extractor
 from tlcli.features.outcome import Outcome
-from tlcli.machine import memory, paths, processes
+from tlcli.features.row_storage import CachedRows, Keep, RowsInMemory, RowStorage
+from tlcli.features.views import PLAIN_VIEW
+from tlcli.machine import paths, processes
 from tlcli.progress import Progress
-from tlcli.wording import size_text
 
-MEMORY_SHARE = 0.8  # of what is available, for the rows of --cache never
 PLAIN = (PLAIN_VIEW,)
 
 
@@ -80,70 +74,24 @@ class FeatureStore:
         self.extractor = extractor
         self.mode = mode
         self._max_bytes = max_bytes
-        cached = mode != "never"
-        self.entry: Entry | None = self.store.entry(extractor.spec) if cached else None
-        views_spec = extractor.views_spec if cached else None
-        self.views_entry: Entry | None = self.store.entry(views_spec) if views_spec else None
-        self._memory: dict[RowKey, Array] = {}
         self._lock = threading.RLock()
-        self._env = environment(extractor.environment())
-        self._trusted: dict[str, set[str]] = {}  # entry key -> environments whose rows are used
-        self._refused: dict[str, set[str]] = {}
-        for entry in self._entries():
-            self._trusted[entry.key], self._refused[entry.key] = {self._env}, set()
-            entry.trust(self._trusted[entry.key])
+        self._cached = None if mode == "never" else CachedRows(extractor, self.cache)
+        self._rows: RowStorage = self._cached or RowsInMemory(extractor)
+        self.entry: Entry | None = self._cached.plain if self._cached else None
+        self.views_entry: Entry | None = self._cached.views if self._cached else None
 
     @functools.cached_property
-    def store(self) -> Store:
+    def cache(self) -> Store:
         """The cache, whose folder need not even be there with --cache never."""
         return Store(paths.features_dir(), max_bytes=self._max_bytes)
-
-    def _entries(self) -> list[Entry]:
-        return [entry for entry in (self.entry, self.views_entry) if entry is not None]
 
     def known(self) -> set[RowKey]:
         """Return the keys (SHA-256 and view) of the rows that are there now.
 
         Rows of other library versions are among them until `missing` finds that they disagree.
         """
-        if self.entry is None:
-            return set(self._memory)
         with self._lock:
-            found = set[RowKey]()
-            for entry in self._entries():
-                rows = entry.rows().union(*(self._foreign_rows(entry).values()))
-                found |= {key for key in rows if (key[1] == PLAIN_VIEW) == (entry is self.entry)}
-            return found
-
-    def _foreign_rows(self, entry: Entry) -> dict[str, set[RowKey]]:
-        """Return the rows of each environment that was not compared yet, as of the last look."""
-        decided = self._trusted[entry.key] | self._refused[entry.key]
-        found: dict[str, set[RowKey]] = {}
-        for shard in entry.shards():
-            if shard.env not in decided:
-                found.setdefault(shard.env, set()).update(shard.row_keys())
-        return found
-
-    def _judge(self, wanted: Mapping[RowKey, Sample]) -> None:
-        """Decide whether rows of other versions are used, where they are wanted; see other_versions.py.
-
-        With --cache verify they are, since each is compared before.
-        """
-        for entry in self._entries():
-            there = entry.rows()
-            for env, rows in sorted(self._foreign_rows(entry).items()):
-                if not (keys := (rows & wanted.keys()) - there):
-                    continue
-                agrees = self.mode == "verify"
-                if not agrees:
-                    stored = self.store.entry(entry.spec)
-                    stored.trust({env})
-                    found = canary.compare(self.extractor, stored, keys, wanted)
-                    canary.log_decision(entry.key, env, self._env, len(keys), found)
-                    agrees = found.agrees
-                (self._trusted if agrees else self._refused)[entry.key].add(env)
-                entry.trust(self._trusted[entry.key])
-                there = entry.rows()
+            return self._rows.known()
 
     def missing(
         self,
@@ -164,7 +112,7 @@ class FeatureStore:
                 for view in chosen:
                     wanted.setdefault((found.sha256, view), sample)
         with self._lock:
-            self._judge(wanted)
+            self._rows.judge(wanted, verifying=self.mode == "verify")
             known = set() if self.mode == "verify" else self.known()
         items: dict[str, tuple[Sample, list[int]]] = {}
         for (sha256, view), sample in wanted.items():
@@ -195,19 +143,7 @@ class FeatureStore:
             StorageError: Too little space, or the cache cannot be written.
             ResourceError: With --cache never, too little memory.
         """
-        num_bytes = num_rows * self.extractor.row_bytes
-        if self.entry is None:
-            available = memory.available_bytes()
-            if num_bytes > MEMORY_SHARE * available:
-                raise ResourceError(
-                    f"The features need {size_text(num_bytes)} of memory with --cache never; "
-                    f"{size_text(available)} are available.",
-                    hint="Use --cache auto, which keeps them on the disk, or fewer --views.",
-                )
-        elif num_rows:
-            self.store.check_space(num_bytes + num_rows * TABLE_BYTES)
-            if write:
-                self.store.check_writable()
+        self._rows.check_space(num_rows, write=write)
 
     def fill(
         self,
@@ -276,11 +212,11 @@ class FeatureStore:
     ) -> None:
         """Compute and keep the rows of items, until they are done or `stop` says so."""
         work.stopped = stop(0)
-        with self._sink(work) as sink:
+        with self._keeping(work) as keep:
             for batch in self.extractor.compute_items([] if work.stopped else todo, workers):
                 work.undecodable |= batch.undecodable
                 for key, name, row in batch.items():
-                    sink(key, name, row)
+                    keep(key, name, row)
                     work.computed.add(key)
                 progress.advance(batch.num_items)
                 if stop(len(work.undecodable)):
@@ -313,41 +249,25 @@ class FeatureStore:
         return result
 
     @contextmanager
-    def _sink(self, work: "_Work") -> Iterator[Callable[[RowKey, str, Array], None]]:
-        """Give the function that takes each computed row: the cache's writers, memory, or a comparison."""
-        if self.entry is None:
-            yield lambda key, _name, row: self._memory.__setitem__(key, row.copy())
-            return
-        writers: dict[str, Writer] = {}
-        with ExitStack() as stack:
+    def _keeping(self, work: "_Work") -> Iterator[Keep]:
+        """Give the function that takes each computed row; with --cache verify it compares those there are."""
+        with self._rows.keeping() as keep:
 
-            def take(key: RowKey, name: str, row: Array) -> None:
-                entry = self._entry_of(key[1])
-                if self.mode == "verify" and self._compare(entry, key, name, row, work):
-                    return
-                if entry.key not in writers:
-                    extractor = self.extractor
-                    writer = entry.writer(extractor.environment(), guard=extractor.check_unchanged)
-                    writers[entry.key] = stack.enter_context(writer)
-                writers[entry.key].add(key, row, name)
+            def compare_or_keep(key: RowKey, name: str, row: Array) -> None:
+                if not self._compare(key, name, row, work):
+                    keep(key, name, row)
 
-            yield take
+            yield compare_or_keep if self.mode == "verify" else keep
 
-    def _entry_of(self, view: int) -> Entry:
-        entry = self.entry if view == PLAIN_VIEW else self.views_entry
-        if entry is None:
-            raise ValueError(f"view {view}: this extractor has no augmentation")
-        return entry
-
-    def _compare(self, entry: Entry, key: RowKey, name: str, row: Array, work: "_Work") -> bool:
+    def _compare(self, key: RowKey, name: str, row: Array, work: "_Work") -> bool:
         """Compare a recomputed row with the stored one; return whether there is one."""
-        stored, missing = entry.read([key])
+        stored, missing = self._rows.read([key])
         if missing:
             return False
         work.rows_compared += 1
-        difference = canary.relative_difference(row, stored[0])
+        difference = other_versions.relative_difference(row, stored[0])
         work.largest_difference = max(work.largest_difference, difference)
-        if difference > canary.tolerance(self.extractor):
+        if difference > other_versions.tolerance(self.extractor):
             work.differing.append(name if key[1] == PLAIN_VIEW else f"{name} (view {key[1]})")
         return True
 
@@ -362,25 +282,6 @@ class FeatureStore:
             float32 or bfloat16 [len(keys), *row_shape], in the order of `keys`; ascending positions.
         """
         wanted = list(zip(keys, views or PLAIN * len(keys), strict=True))
-        shape = (len(wanted), *self.extractor.cut.row_shape)
-        kind = np.float32 if self.extractor.row_dtype == "fp32" else np.uint16
-        if self.entry is None:
-            rows = np.zeros(shape, kind)
-            missing = []
-            for place, key in enumerate(wanted):
-                if key in self._memory:
-                    rows[place] = self._memory[key]
-                else:
-                    missing.append(place)
-            return to_tensor(rows), missing
-        augmented = [place for place, (_, view) in enumerate(wanted) if view != PLAIN_VIEW]
         with self._lock:
-            if len(augmented) in {0, len(wanted)}:
-                rows, missing = self._entry_of(wanted[0][1] if wanted else PLAIN_VIEW).read(wanted)
-                return to_tensor(rows), missing
-            rows, missing = np.empty(shape, kind), []
-            plain = sorted(set(range(len(wanted))) - set(augmented))
-            for places, entry in ((plain, self.entry), (augmented, self._entry_of(wanted[augmented[0]][1]))):
-                rows[places], lost = entry.read([wanted[place] for place in places])
-                missing += [places[place] for place in lost]
-        return to_tensor(rows), sorted(missing)
+            rows, missing = self._rows.read(wanted)
+        return to_tensor(rows), missing

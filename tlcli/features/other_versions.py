@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from tlcli.cache.entry import Entry
 from tlcli.cache.key import RowKey, explain
 from tlcli.data.dataset import Sample
-from tlcli.features.extractor import Array, Extractor, to_tensor
+from tlcli.features.batch import Array, to_tensor
+from tlcli.features.extractor import Extractor
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 """Largest relative difference of a row computed by other versions, by the less precise of the types that

@@ -23,9 +23,10 @@ from tlcli.data.augment import AugmentPolicy
 from tlcli.data.collection import Collection
 from tlcli.data.image_files import BadImage
 from tlcli.errors import CheckFailed, StorageError
-from tlcli.features.extractor import Extractor, Views
+from tlcli.features.extractor import Extractor
 from tlcli.features.feature_store import FeatureStore
 from tlcli.features.outcome import Outcome, write_bad_images
+from tlcli.features.views import Views
 from tlcli.machine import processes
 from tlcli.progress import Progress, Silent
 from tlcli.wording import size_text

@@ -1,7 +1,7 @@
 """The solver of many multinomial logistic regressions at once: batched preconditioned conjugate gradients."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,62 @@ class Space:
         low = torch.bfloat16 if not small and fast_bf16(coordinates.device)[0] else torch.float32
         variances = widen(basis.variances, rank) if basis.axes is None else basis.variances
         return cls(coordinates, coordinates.to(low), basis.axes, variances, basis.rest)
+
+    def precondition(self, gradient: Tensor, curvature: Tensor, penalty: Tensor, out: Tensor) -> None:
+        """Give the gradients of Q problems times the inverse of `curvature * covariance + l2`.
+
+        Args:
+            gradient: [Q, K, R].
+            curvature: Mean curvature of each problem, [Q, 1].
+            penalty: l2 of each problem, [Q].
+            out: Takes them, [Q, K, R].
+        """
+        known = curvature * self.variances
+        known[:, :-1] += penalty[:, None]
+        known = known.clamp_min_(1e-7).reciprocal_()[:, None]
+        if self.axes is None:
+            torch.mul(gradient, known, out=out)
+            return
+        rest = (curvature * self.rest + penalty[:, None]).clamp_min(1e-7).reciprocal()
+        along = (gradient @ self.axes) * (known - rest[:, None])
+        torch.addcmul(along @ self.axes.T, gradient, rest[:, None], out=out)
+
+
+def bracket(
+    slope: Tensor, step: Tensor, bend: Tensor, measure: Callable[[Tensor | slice, Tensor], Tensor]
+) -> Tensor:
+    """Return step sizes at which convex objectives no longer fall steeply, [P].
+
+    Args:
+        slope: Slope of each objective at step 0, [P], not positive.
+        step: First steps, [P]; changed in place.
+        bend: Second derivative of the penalty along the direction, [P].
+        measure: (problems, all or their places; steps) -> how much the slope of the data loss rises. Only
+            problems whose step fails are measured again.
+    """
+    here = slope + measure(slice(None), step) + step * bend
+    todo = (here.abs() > STEEP * slope.abs()).nonzero()[:, 0]
+    if not len(todo):
+        return step
+    here = here[todo]
+    low, low_slope = torch.zeros_like(here), slope[todo]
+    high, high_slope = torch.full_like(here, math.inf), torch.zeros_like(here)
+    for _ in range(10):
+        at, start = step[todo], slope[todo]
+        beyond = here > 0
+        high, high_slope = torch.where(beyond, at, high), torch.where(beyond, here, high_slope)
+        low, low_slope = torch.where(beyond, low, at), torch.where(beyond, low_slope, here)
+        share = (low_slope / (low_slope - high_slope)).clamp(0.1, 0.9)
+        longer = (start / (start - low_slope)).nan_to_num(4.0, 4.0, 4.0).clamp(1.5, 4.0)
+        at = torch.where(high.isinf(), at * longer, low + (high - low) * share)
+        step[todo] = at
+        here = start + measure(todo, at) + at * bend[todo]
+        left = here.abs() > STEEP * start.abs()
+        if not bool(left.any()):
+            break
+        todo, here, low, low_slope = todo[left], here[left], low[left], low_slope[left]
+        high, high_slope = high[left], high_slope[left]
+    return step
 
 
 class Batch:
@@ -217,15 +273,7 @@ class Batch:
         curvature = self.curvature.clamp_min(1e-4)[:, None]
         for number, space in enumerate(self.spaces):
             here = slice(self.bounds[number], self.bounds[number + 1])
-            known = curvature[here] * space.variances
-            known[:, :-1] += self.penalty[here, None]
-            known = known.clamp_min_(1e-7).reciprocal_()[:, None]
-            if space.axes is None:
-                result[here] = gradient[here] * known
-                continue
-            rest = (curvature[here] * space.rest + self.penalty[here, None]).clamp_min(1e-7).reciprocal()
-            along = (gradient[here] @ space.axes) * (known - rest[:, None])
-            torch.addcmul(along @ space.axes.T, gradient[here], rest[:, None], out=result[here])
+            space.precondition(gradient[here], curvature[here], self.penalty[here], out=result[here])
         return result
 
     def _multiply(
@@ -258,36 +306,14 @@ class Batch:
         """Return step sizes [P]; leaves means in `spare` and changes of the residuals in `rise`.
 
         The objective along the direction is convex, so its slope brackets the minimum; Newton's step comes
-        first. Only problems whose step fails are measured again.
+        first.
 
         Args:
             slope: Slope of the objective at step 0, [P], not positive.
             bend: Second derivative of the penalty along the direction, [P].
         """
         step = (-slope / (self._second_derivative() + bend).clamp_min(1e-30)).clamp_max(1e6)
-        here = slope + self._measure(slice(None), step) + step * bend
-        todo = (here.abs() > STEEP * slope.abs()).nonzero()[:, 0]
-        if not len(todo):
-            return step
-        here = here[todo]
-        low, low_slope = torch.zeros_like(here), slope[todo]
-        high, high_slope = torch.full_like(here, math.inf), torch.zeros_like(here)
-        for _ in range(10):
-            at, start = step[todo], slope[todo]
-            beyond = here > 0
-            high, high_slope = torch.where(beyond, at, high), torch.where(beyond, here, high_slope)
-            low, low_slope = torch.where(beyond, low, at), torch.where(beyond, low_slope, here)
-            share = (low_slope / (low_slope - high_slope)).clamp(0.1, 0.9)
-            longer = (start / (start - low_slope)).nan_to_num(4.0, 4.0, 4.0).clamp(1.5, 4.0)
-            at = torch.where(high.isinf(), at * longer, low + (high - low) * share)
-            step[todo] = at
-            here = start + self._measure(todo, at) + at * bend[todo]
-            left = here.abs() > STEEP * start.abs()
-            if not bool(left.any()):
-                break
-            todo, here, low, low_slope = todo[left], here[left], low[left], low_slope[left]
-            high, high_slope = high[left], high_slope[left]
-        return step
+        return bracket(slope, step, bend, self._measure)
 
     def _blocks(self, count: int) -> Iterator[tuple[slice, slice]]:
         """Yield (problems, rows) of blocks that stay in a core's cache."""

@@ -1,7 +1,6 @@
 """The network and the head as files of a run, compared with what was trained before the run is published."""
 
 import copy
-import platform
 from collections.abc import Mapping
 from typing import Any
 
@@ -106,16 +105,3 @@ def _check_agrees(
             "the run is not published.",
             hint="This is a bug in tlcli or in this architecture; please report it.",
         )
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what a run depends on."""
-    import timm
-    import torchvision
-
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
-        "timm": str(timm.__version__),
-    }
