@@ -105,11 +105,14 @@ def make_images() -> Callable[..., Path]:
     return write_images
 
 
-TINY = ("--backbone", "test_resnet", "--random-init", "--image-size", "32")
+@pytest.fixture
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Return a folder of images; a module's IMAGES says how many of each class."""
+    return write_images(tmp_path / "images", getattr(request.module, "IMAGES", {"a": 12, "b": 12}))
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedRun:
     """A data set and a run trained on it; tests that change a run take a copy."""
 
     images: Path
@@ -117,7 +120,7 @@ class Trained:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     """Return a run of a tiny backbone whose head is stored as its classifier.
 
     Classes b and c look alike, so that it makes mistakes.
@@ -137,11 +140,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TLCLI_HOME", str(root / "home"))
         finetune(plan_finetune(config, Silent()), Silent())
-    return Trained(images, root / "run")
+    return TrainedRun(images, root / "run")
 
 
 @pytest.fixture
-def make_tuned(trained: Trained, tmp_path: Path) -> Callable[..., Path]:
+def make_tuned(trained: TrainedRun, tmp_path: Path) -> Callable[..., Path]:
     """Return `make_tuned(backbone, hidden) -> run`: a run whose backbone is no longer what it was.
 
     It is not trained but shifted by noise, so that only its own stored tensors give its logits. The data are
@@ -180,7 +183,7 @@ def make_tuned(trained: Trained, tmp_path: Path) -> Callable[..., Path]:
         facts = {key: facts[key] for key in ("class_names", "data", "device", "dtype")} | {
             "scenario": "freeze",
             "backbone": {"name": backbone, "architecture": loaded.architecture, "arguments": loaded.arguments,
-                         "license": None, "source": loaded.source, "pretrained": False,
+                         "license": None, "source": loaded.origin, "pretrained": False,
                          "num_frozen_units": 2},
             "preprocess": dataclasses.asdict(loaded.preprocess),
             "cache_key": None,

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import TINY_FP32
 from tlcli.commands.finetune import finetune, plan_finetune
 from tlcli.config.commands import FinetuneConfig
 from tlcli.machine import paths
 from tlcli.progress import Silent
 
-TINY = ("--backbone", "test_resnet", "--random-init", "--image-size", "32", "--dtype", "fp32", "--json")
+TINY = (*TINY_FP32, "--json")
 NUM_ROWS = 48
 ROW_BYTES = 4 * 96  # test_resnet gives 96 values; `undisturbed` checks it
 FILES = ("evaluation-val.json", "predictions-val.csv", "model.safetensors", "metrics.jsonl")

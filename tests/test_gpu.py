@@ -7,11 +7,12 @@ import signal
 import pytest
 import torch
 
+from tests.tiny import TINY_FP32
 from tlcli.training.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.gpu
 
-TINY = ("--backbone", "test_resnet", "--random-init", "--image-size", "32", "--dtype", "fp32", "--json")
+TINY = (*TINY_FP32, "--json")
 
 
 @pytest.fixture(autouse=True)
@@ -20,9 +21,7 @@ def needs_cuda():
         pytest.skip("no CUDA device")
 
 
-@pytest.fixture
-def folder(tmp_path, make_images):
-    return make_images(tmp_path / "images", {"a": 24, "b": 24, "c": 24})
+IMAGES = {"a": 24, "b": 24, "c": 24}
 
 
 def on(device, run_cli, *words):

@@ -22,9 +22,7 @@ TUNING = (
 )  # fmt: skip
 
 
-@pytest.fixture
-def folder(tmp_path, make_images):
-    return make_images(tmp_path / "images", {"a": 10, "b": 10})
+IMAGES = {"a": 10, "b": 10}
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as tlcli does
 import torch
 from torch import Tensor, nn
 
+from tlcli.backbones.cut import cut_earlier, freeze_parameters
 from tlcli.backbones.zoo import load_backbone
 from tlcli.config.commands import ExtractConfig
 from tlcli.data.augment import resolve_policy
@@ -34,6 +35,7 @@ from tlcli.data.collection import Collection, collect
 from tlcli.features.cache_decision import CachingDecision, decide
 from tlcli.features.extractor import Extractor
 from tlcli.features.plan import compute_features, make_extractor, plan_features, read_rows
+from tlcli.features.views import Views
 from tlcli.progress import Silent
 from tlcli.training.inputs import PLAIN, ImageInputs, Inputs, RowInputs, loading
 
@@ -71,8 +73,12 @@ class Side:
     def __init__(self, case: Case, config: ExtractConfig, collection: Collection, where: str) -> None:
         self.case, self.collection, self.where = case, collection, where
         policy = resolve_policy(config, collection.num_images()["train"]) if case.views > 1 else None
-        node = None if where in {"cut", "recompute"} else where
-        self.extractor = make_extractor(load_backbone(config), config, node=node, policy=policy)
+        views = Views(policy, config.view_seed) if policy is not None else None
+        self.extractor = make_extractor(load_backbone(config), config, views=views)
+        if where not in {"cut", "recompute"}:
+            cut, backbone = cut_earlier(self.extractor.cut, where), self.extractor.backbone
+            self.extractor = make_extractor(backbone, config, cut=cut, views=views)
+        freeze_parameters(self.extractor.cut)
         splits = collection.splits
         self.train = [index for index, split in enumerate(splits) if split == "train"]
         self.val = [index for index, split in enumerate(splits) if split != "train"]
@@ -150,7 +156,8 @@ def decided(
     with tempfile.TemporaryDirectory() as home:
         os.environ["TLCLI_HOME"] = home
         policy = resolve_policy(config, collection.num_images()["train"]) if case.views > 1 else None
-        extractor: Extractor = make_extractor(load_backbone(config), config, policy=policy)
+        views = Views(policy, config.view_seed) if policy is not None else None
+        extractor: Extractor = make_extractor(load_backbone(config), config, views=views)
         started = time.perf_counter()
         decision = decide(extractor, collection, epochs=case.epochs, num_views=case.views, workers=workers)
         return decision, time.perf_counter() - started

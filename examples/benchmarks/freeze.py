@@ -55,6 +55,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tlcli.backbones.cut import freeze_parameters
 from tlcli.backbones.units import units
 from tlcli.backbones.zoo import load_backbone
 from tlcli.commands.finetune import finetune, plan_finetune
@@ -123,6 +124,7 @@ class Bench:
         self.labels = labels_of(self.collection)
         backbone = self.extractor.backbone
         num_classes = len(self.collection.dataset.class_names)
+        freeze_parameters(self.extractor.cut)
         self.network = make_network(
             self.extractor.cut.suffix, backbone.num_features, num_classes, config, dropout=self.recipe.dropout
         )
@@ -154,8 +156,8 @@ class Bench:
         samples = self.collection.samples
         return self._epoch(ImageInputs(self.extractor, samples, self.keys, num_views=None, seed=0))
 
-    def _epoch(self, source: Inputs) -> float:
-        trained = train(self.network, self.recipe, Samples(source, self.labels), None, self.setting)
+    def _epoch(self, inputs: Inputs) -> float:
+        trained = train(self.network, self.recipe, Samples(inputs, self.labels), None, self.setting)
         return float(trained.history[0]["seconds"])
 
     # Parts alone.
@@ -204,9 +206,9 @@ class Bench:
         trained = [value for value in network.parameters() if value.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=self.recipe.weight_decay)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.plan.amp)
-        eased = self.device.type == "cpu" and self.plan.amp == "bf16"
+        on_slow_bf16 = self.device.type == "cpu" and self.plan.amp == "bf16"
         labels = self.labels.to(self.device).split(self.batch_size)
-        with fp32_where_bf16_is_slow(network) if eased else nullcontext():
+        with fp32_where_bf16_is_slow(network) if on_slow_bf16 else nullcontext():
             started = time.perf_counter()
             for inputs, wanted in zip(self.inputs, labels, strict=True):
                 with torch.autocast(self.device.type, dtype, enabled=dtype is not None):

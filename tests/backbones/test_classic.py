@@ -130,7 +130,7 @@ def test_arguments_say_everything_and_build_the_same_network(tmp_path):
         "image_size": 24, "norm": "every", "norm_place": "before", "activation": "relu", "init": "auto",
         "separable": False, "width": 4, "depth": 2,
     }  # fmt: skip
-    assert (backbone.architecture, backbone.source, backbone.is_timm) == (
+    assert (backbone.architecture, backbone.origin, backbone.is_timm) == (
         "classic/small-cnn",
         "classic",
         False,
@@ -141,7 +141,7 @@ def test_arguments_say_everything_and_build_the_same_network(tmp_path):
     save_file(backbone.model.state_dict(), path)
     again = load_stored(backbone.architecture, backbone.arguments, str(path))
     assert state_sha256(again.model) == state_sha256(backbone.model)
-    assert (again.arguments, again.source) == (backbone.arguments, "classic")
+    assert (again.arguments, again.origin) == (backbone.arguments, "classic")
 
 
 def test_norm_none_is_what_it_says():

@@ -68,7 +68,7 @@ def test_random_init_is_reproducible_headless_and_leaves_the_random_state_alone(
     assert state_sha256(one.model) == state_sha256(other.model)
     assert not one.model.training
     assert one.model(torch.zeros(2, 3, 64, 64)).shape == (2, one.num_features)
-    assert (one.architecture, one.source, one.pretrained) == (SMALL, "timm", False)
+    assert (one.architecture, one.origin, one.pretrained) == (SMALL, "timm", False)
 
 
 def test_the_hash_follows_every_weight_and_buffer():
@@ -105,7 +105,7 @@ def test_hf_hub_from_the_cache_alone(tmp_path):
     backbone = load("hf-hub:someone/birds")
     images = torch.randn(1, 3, 96, 96)
     assert torch.equal(source.classifier(backbone.model(images)), source(images))
-    assert (backbone.license, backbone.preprocess.image_size, backbone.source) == ("mit", (96, 96), "hf-hub")
+    assert (backbone.license, backbone.preprocess.image_size, backbone.origin) == ("mit", (96, 96), "hf-hub")
     assert backbone.arguments == {"act_layer": "relu"}
 
 
@@ -460,7 +460,7 @@ def test_large_torchvision_families_give_vectors_and_can_be_cut(name):
 
 def test_the_bundled_backbone_needs_nothing_else():
     backbone = load("bundled")
-    assert backbone.source == "bundled"
+    assert backbone.origin == "bundled"
     assert backbone.license
 
 

@@ -2,15 +2,42 @@
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.tiny import TINY_HEADS
+
 
 def rarely(*values: Any) -> list[Any]:
     """Return parameters that run with -m slow alone: more of what the others show."""
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def refused_alike(
+    run_cli: Callable[..., Any],
+    data: Path,
+    *expected: str,
+    code: int = 3,
+    commands: tuple[tuple[str, ...], ...] = (("data", "check"), ("finetune", *TINY_HEADS)),
+) -> str:
+    """Check that looking at the data and training on it are refused alike, and leave everything as it was.
+
+    Returns:
+        What the last command wrote on stderr.
+    """
+    for command in commands:
+        before = tree(Path.cwd(), data.parent)
+        done = run_cli(*command, data)
+        assert (done.code, done.stdout) == (code, ""), done.stderr
+        assert done.stderr.startswith("error: "), done.stderr
+        assert "Traceback" not in done.stderr
+        for text in expected:
+            assert text in done.stderr
+        assert tree(Path.cwd(), data.parent) == before
+    return str(done.stderr)
 
 
 def tree(*roots: str | Path) -> dict[bytes, tuple[int, bytes]]:

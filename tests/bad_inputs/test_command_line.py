@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.bad_inputs.bad_input_cases import rarely
+from tests.tiny import TINY_FP32
 from tlcli.machine import paths
 
 ROOT = Path(__file__).parent.parent.parent
-TINY = ("--backbone", "test_resnet", "--random-init", "--image-size", "32", "--dtype", "fp32", "-j", "1")
+TINY = (*TINY_FP32, "-j", "1")
 HEAD = (*TINY, "--l2", "0.01,1", "--folds", "2")
 
 

@@ -13,13 +13,11 @@ from typing import Any
 
 import pytest
 
-from tests.bad_inputs.bad_input_cases import tree
+from tests.bad_inputs.bad_input_cases import refused_alike
+from tests.tiny import TINY_HEADS as TINY
 
 Images = Callable[..., Path]
 Run = Callable[..., Any]
-
-TINY = ("--backbone", "test_resnet", "--random-init", "--image-size", "32", "--l2", "0.1", "--folds", "2",
-        "--dtype", "fp32")  # fmt: skip
 
 
 @pytest.fixture
@@ -41,20 +39,8 @@ def listed(path: Path, *lines: str, header: str = "filename,label", end: str = "
 COMMANDS = (("data", "check"), ("finetune", *TINY))
 
 
-def refused(
-    run_cli: Run, data: Path, *expected: str, commands: tuple[tuple[str, ...], ...] = COMMANDS
-) -> str:
-    """Check that looking at the data and training on it are refused alike, and leave everything as it was."""
-    for command in commands:
-        before = tree(Path.cwd(), data.parent)
-        done = run_cli(*command, data)
-        assert (done.code, done.stdout) == (3, ""), done.stderr
-        assert done.stderr.startswith(f"error: {str(data)!r}"), done.stderr
-        assert "Traceback" not in done.stderr
-        for text in expected:
-            assert text in done.stderr
-        assert tree(Path.cwd(), data.parent) == before
-    return str(done.stderr)
+def refused(run_cli: Run, data: Path, *expected: str, **options: Any) -> str:
+    return refused_alike(run_cli, data, f"error: {str(data)!r}", *expected, **options)
 
 
 def checked(run_cli: Run, *arguments: object) -> dict[str, Any]:
@@ -289,7 +275,7 @@ def test_068_huge_cells_and_nul_bytes(root: Path, run_cli: Run) -> None:
     in_little_memory("line 2: field larger than field limit")
     path.write_bytes(b"filename,label\n" + b'"\n",' * 2**19)
     in_little_memory("has more than 1,048,576 characters")
-    # Complaints about them are short, and made in a moment.
+    # ListingProblems about them are short, and made in a moment.
     path.write_text("filename,label\n" + f"http://{'a' * 100_000},ants\n" * 20)
     assert len(refused(run_cli, path, "has 20 problems", commands=checks)) < 10_000
     path.write_text(",".join(f"c{number}" for number in range(100_000)) + "\n")

@@ -18,12 +18,13 @@ import pytest
 import torch
 
 from tests.bad_inputs.bad_input_cases import rarely
+from tests.tiny import TINY_FP32
 from tlcli.cache.store import Store
 from tlcli.features.extractor import Extractor
 from tlcli.machine import paths
 
 ROOT = Path(__file__).parent.parent.parent
-TINY = ("--backbone", "test_resnet", "--random-init", "--image-size", "32", "--dtype", "fp32", "-j", "1")
+TINY = (*TINY_FP32, "-j", "1")
 HEAD = (*TINY, "--l2", "0.01,1", "--folds", "2")
 
 

@@ -37,6 +37,7 @@ from tests.bad_inputs.image_files import (
     png_chunks,
     png_file,
 )
+from tests.tiny import TINY_FP32 as TINY
 from tlcli.commands.extract import extract, plan_extract
 from tlcli.config.commands import ExtractConfig
 from tlcli.features.plan import read_rows
@@ -45,7 +46,6 @@ from tlcli.progress import Silent
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # as tlcli does; pytest sets its own filters
 
 CORPUS = Path(__file__).parent / "corpus"
-TINY = ("--backbone", "test_resnet", "--random-init", "--image-size", "32", "--dtype", "fp32")
 TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: np.fliplr,
     3: lambda image: np.rot90(image, 2),

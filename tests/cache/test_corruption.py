@@ -578,11 +578,13 @@ def test_claimed_rows_allocate_nothing(entry, rows):
     """Also when the whole header agrees with the claim; only the file's size does not."""
     import tracemalloc
 
-    from tlcli.cache.shard import environment, shard_header
+    from tlcli.cache.shard import environment_record, shard_header
 
     put(entry, [0])
     (path,) = shard_paths(entry)
-    path.write_bytes(shard_header(entry.key, entry.row_format, rows, environment(ENV)) + bytes(100_000))
+    path.write_bytes(
+        shard_header(entry.key, entry.row_format, rows, environment_record(ENV)) + bytes(100_000)
+    )
     tracemalloc.start()
     try:
         with pytest.raises(DamagedShard):

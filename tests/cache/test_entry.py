@@ -9,7 +9,7 @@ import pytest
 
 from tests.cache.cached import DIM, ENV, check, put, quarantined, row, row_key, shard_paths, spec
 from tlcli.cache import entry_files, index
-from tlcli.cache.shard import environment
+from tlcli.cache.shard import environment_record
 from tlcli.errors import BackboneError, StorageError
 from tlcli.machine import files
 
@@ -113,11 +113,11 @@ def test_rows_of_environments_that_are_not_trusted_are_missing(entry, reopen):
     put(entry, [0, 1])
     put(entry, [1, 2], other)
     reader = reopen()
-    reader.trust({environment(other)})
+    reader.trust({environment_record(other)})
     check(reader, [0, 1, 2], missing=[0])
     put(entry, [3])
     check(reader, [1, 2, 3], missing=[3])
-    reader.trust({environment(ENV)})
+    reader.trust({environment_record(ENV)})
     check(reader, [0, 1, 2, 3], missing=[2])
     assert len(reader.shards()) == 3  # what is not trusted is neither damaged nor moved
     assert reader.damage == []

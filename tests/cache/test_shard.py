@@ -17,7 +17,7 @@ from tlcli.cache import shard as shards
 from tlcli.cache.shard import (
     DamagedShard,
     RowFormat,
-    environment,
+    environment_record,
     open_shard,
     pack_key,
     row_checksums,
@@ -28,7 +28,7 @@ from tlcli.machine.files import opened
 
 KEY = "ab" * 32
 FP32 = RowFormat("fp32", (3, 5))
-ENV_TEXT = environment(ENV)
+ENV_TEXT = environment_record(ENV)
 
 
 def make(folder, count=7, row_format=FP32, key=KEY, env=ENV_TEXT):
@@ -282,7 +282,7 @@ def test_a_large_environment_record_is_refused(tmp_path):
 
 def test_the_largest_environment_record(tmp_path):
     def record(length):
-        return environment({"x": "y" * length})
+        return environment_record({"x": "y" * length})
 
     spare = 65536 - len(shard_header(KEY, FP32, 7, record(60_000)))
     path, _, _ = make(tmp_path, env=record(60_000 + spare))

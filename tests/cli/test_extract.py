@@ -9,11 +9,10 @@ import signal
 import numpy as np
 import pytest
 
+from tests.tiny import TINY_FP32 as TINY
 from tlcli.cache.store import Store
 from tlcli.cache.writer import Writer
 from tlcli.machine import paths
-
-TINY = ("--backbone", "test_resnet", "--random-init", "--image-size", "32", "--dtype", "fp32")
 
 
 @pytest.fixture

@@ -57,9 +57,7 @@ def plan(run_cli, *arguments):
     return json.loads(result.stdout) if result.code == 0 else result
 
 
-@pytest.fixture
-def folder(tmp_path, make_images):
-    return make_images(tmp_path / "images", {"a": 20, "b": 20})
+IMAGES = {"a": 20, "b": 20}
 
 
 def num_val(document):

@@ -63,9 +63,9 @@ def test_markup_in_a_backbone_name_is_printed_as_it_is(run_cli) -> None:
 
 def test_torch_is_not_imported() -> None:
     code = (
-        f"import sys; sys.path.insert(0, {ROOT!r}); from tlcli.cli.app import main;"
+        "import sys; from tlcli.cli.app import main;"
         "main(['recommend', '--size', 'small', '--similarity', 'low']);"
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

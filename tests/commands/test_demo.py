@@ -10,7 +10,7 @@ from PIL import Image
 from tlcli.commands import demo as library
 from tlcli.config.commands import DemoConfig
 from tlcli.errors import StorageError, UsageError
-from tlcli.metrics.significance import compare
+from tlcli.metrics.significance import sign_test
 from tlcli.progress import Silent
 
 MARKER = library.MARKER
@@ -143,7 +143,7 @@ def right(count: int, of: int) -> dict[str, bool]:
     ],
 )
 def test_the_conclusion_follows_the_numbers(ours: int, raw: int, expected: str) -> None:
-    compared = compare(right(ours, 100), right(raw, 100))
+    compared = library.comparison(sign_test(right(ours, 100), right(raw, 100)))
     assert compared["only_backbone_right"] == max(0, ours - raw)
     assert compared["only_raw_pixels_right"] == max(0, raw - ours)
     assert expected in library.conclusion({"comparison": compared, "num_images": {"val": 100}})

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.tiny import tiny
 from tlcli.cache.store import Store
 from tlcli.commands.extract import extract, plan_extract
 from tlcli.config.commands import ExtractConfig
@@ -23,15 +24,11 @@ from tlcli.features.plan import TRIAL_ROWS, compute_features, read_rows
 from tlcli.machine import paths
 from tlcli.progress import Silent
 
-
-@pytest.fixture
-def folder(tmp_path, make_images):
-    return make_images(tmp_path / "images", {"a": 10, "b": 10})
+IMAGES = {"a": 10, "b": 10}
 
 
 def config(folder, **options):
-    fixed = {"backbone": "test_resnet", "random_init": True, "image_size": 32, "workers": 2, "dtype": "fp32"}
-    return ExtractConfig(data=str(folder), **{**fixed, **options})
+    return tiny(ExtractConfig, folder, **options)
 
 
 def run(folder, **options):
@@ -55,7 +52,7 @@ def test_the_plan_counts_what_is_to_do_and_touches_nothing(folder):
     assert len(document["cache_key"]) == 64
     assert not paths.home().exists()
     assert sorted(folder.rglob("*")) == before
-    assert "20 to compute" in plan.facts()["features"]
+    assert "20 to compute" in plan.summary()["features"]
     json.dumps(document, allow_nan=False)
 
 
@@ -112,7 +109,7 @@ def test_training_images_have_all_views_and_the_others_one(folder):
     assert plan.new_bytes == expected * plan.store.extractor.row_bytes
     assert plan.document()["num_views"] == 3
     assert plan.document()["views_cache_key"] != plan.document()["cache_key"]
-    assert plan.facts()["views"].startswith("3 of each training image (light: crop")
+    assert plan.summary()["views"].startswith("3 of each training image (light: crop")
     found = extract(views_config(folder, 3), plan, Silent())
     assert (found.rows_reused, found.rows_computed) == (0, expected)
     more = plan_extract(views_config(folder, 5), Silent())
@@ -123,7 +120,7 @@ def test_training_images_have_all_views_and_the_others_one(folder):
 def test_one_view_needs_no_augmentation(folder):
     plan = plan_extract(config(folder, augment="none"), Silent())
     assert (plan.num_views, plan.store.views_entry) == (1, None)
-    assert "views" not in plan.facts()
+    assert "views" not in plan.summary()
     with pytest.raises(UsageError, match="--augment none"):
         plan_extract(config(folder, augment="none", views=2), Silent())
 

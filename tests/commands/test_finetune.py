@@ -1,6 +1,5 @@
 """From data to run: the numbers are right, repeatable, and cost no more than they must."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -10,33 +9,26 @@ import numpy as np
 import pytest
 import torch
 
+from tests.tiny import finetuned, tiny
 from tlcli.cli.app import main
 from tlcli.commands.finetune import finetune, plan_finetune
 from tlcli.commands.predict import Predictor
 from tlcli.config.commands import FinetuneConfig
-from tlcli.config.yaml_file import read_config_file
 from tlcli.errors import BackboneError, CheckFailed, DataError, UsageError
 from tlcli.heads.fit import fit_head
 from tlcli.machine import paths
 from tlcli.progress import Silent
 from tlcli.runs.run import open_run
 
-
-@pytest.fixture
-def folder(tmp_path, make_images):
-    return make_images(tmp_path / "images", {"a": 12, "b": 12, "c": 12})
+IMAGES = {"a": 12, "b": 12, "c": 12}
 
 
 def config(folder, **options):
-    fixed = {
-        "backbone": "test_resnet", "random_init": True, "image_size": 32, "workers": 2, "dtype": "fp32",
-        "l2": "0.01,1", "folds": 3,
-    }  # fmt: skip
-    return FinetuneConfig(data=str(folder), **{**fixed, **options})
+    return tiny(FinetuneConfig, folder, **{"l2": "0.01,1", "folds": 3, **options})
 
 
 def run(folder, **options):
-    return finetune(plan_finetune(config(folder, **options), Silent()), Silent())
+    return finetuned(config(folder, **options))
 
 
 def facts_of(result):
@@ -109,16 +101,6 @@ def test_every_change_costs_exactly_its_rows(folder, tmp_path, make_images):
     (folder / "a/003.png").rename(folder / "b/relabelled.png")
     assert counts(run(folder)) == (36, 0, 0)
     assert counts(run(folder, val_fraction=0.5, split_seed=3, seed=4)) == (36, 0, 0)
-
-
-def test_the_configuration_of_a_run_repeats_it(folder, tmp_path, monkeypatch):
-    first = run(folder, seed=3, val_fraction=0.4, class_weights="balanced")
-    known = {field.name for field in dataclasses.fields(FinetuneConfig)}
-    options = read_config_file(first.run_path / "config.yaml", known)
-    monkeypatch.chdir(tmp_path)
-    second = finetune(plan_finetune(FinetuneConfig(**options), Silent()), Silent())
-    assert second.document["metrics"] == first.document["metrics"]
-    assert facts_of(second)["options"] == facts_of(first)["options"] | {"output": None}
 
 
 def test_relative_paths_of_a_run_hold_from_any_folder(folder, tmp_path, trained, monkeypatch):

@@ -106,10 +106,12 @@ def test_what_texts_stand_for():
 )
 def test_wrong_words_are_refused_before_data_and_torch(tmp_path, words, expected):
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tlcli.cli.app import main;"
+        "import sys; from tlcli.cli.app import main;"
         f"code = main(['finetune', {str(tmp_path / 'lost')!r}, *sys.argv[1:]]);"
         "print(code, [name for name in ('torch', 'timm', 'PIL', 'numpy') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "2 []"
     assert done.stderr.splitlines()[0] == f"error: {expected}"

@@ -26,7 +26,7 @@ def audited(data: Path, *, max_bad: float = 0.01, min_per_class: int = 2, **opti
     prints = [item.fingerprint for item in examined]
     splits = assign_splits(dataset.samples, prints, val_fraction=0.2, split_seed=0)
     found = audit(dataset, examined, splits, max_bad=max_bad, min_per_class=min_per_class)
-    assert json.loads(json.dumps(found.to_document())) == found.to_document()
+    assert json.loads(json.dumps(found.document())) == found.document()
     return found
 
 

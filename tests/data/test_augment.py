@@ -68,7 +68,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def test_presets_differ_and_none_is_none() -> None:
     policies = {name: policy(augment=name) for name in PRESETS}
-    assert len({json.dumps(one.facts()) for one in policies.values()}) == len(PRESETS)
+    assert len({json.dumps(one.key_facts()) for one in policies.values()}) == len(PRESETS)
     assert [name for name, one in policies.items() if one.is_none] == ["none"]
     assert len({one.describe() for one in policies.values()}) == len(PRESETS)
 
@@ -102,14 +102,14 @@ def test_trivialaugment_takes_no_magnitude() -> None:
 
 
 def test_facts_are_json_without_floats_and_name_every_value() -> None:
-    facts = policy(**ALL_ON).facts()
+    facts = policy(**ALL_ON).key_facts()
     assert json.loads(json.dumps(facts)) == facts
     assert not any(isinstance(value, float) for value in facts.values())
     fields = {field.name for field in dataclasses.fields(AugmentPolicy)} - {"name", "reason"}
     assert set(facts) == {"version", *fields}
     for name, value in ALL_ON.items():
-        assert policy(**{name: value}).facts() != policy().facts()
-    assert policy(rotate=20).facts() == policy(rotate=20.0).facts()
+        assert policy(**{name: value}).key_facts() != policy().key_facts()
+    assert policy(rotate=20).key_facts() == policy(rotate=20.0).key_facts()
 
 
 # ---- purity -----------------------------------------------------------------------------------------------

@@ -15,11 +15,6 @@ def gather(root, **options):
     return collect(DataOptions(data=str(root), **options), 2, Silent(), class_names=classes)
 
 
-@pytest.fixture
-def folder(tmp_path, make_images):
-    return make_images(tmp_path / "images", {"a": 12, "b": 12})
-
-
 def split_of(collection):
     return {s.name: split for s, split in zip(collection.samples, collection.splits, strict=True)}
 

@@ -113,7 +113,7 @@ def test_border_mode_pads_with_the_mean() -> None:
 
 def test_facts_are_json_without_floats_and_tell_transforms_apart() -> None:
     base = Preprocess(image_size=(56, 56), crop_pct=0.875)
-    facts = EvalTransform(base).facts()
+    facts = EvalTransform(base).key_facts()
     assert json.loads(json.dumps(facts)) == facts
     assert "float" not in str({type(value) for value in facts.values()})
     others = [
@@ -125,7 +125,7 @@ def test_facts_are_json_without_floats_and_tell_transforms_apart() -> None:
         Preprocess(image_size=(56, 56), crop_pct=0.875, mean=(0.5, 0.5, 0.5)),
         Preprocess(image_size=(56, 56), crop_pct=0.875, std=(0.5, 0.5, 0.5)),
     ]
-    assert all(EvalTransform(other).facts() != facts for other in others)
+    assert all(EvalTransform(other).key_facts() != facts for other in others)
 
 
 @pytest.mark.real

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from tests.tiny import tiny
 from tlcli.backbones.cut import cut_earlier
 from tlcli.backbones.zoo import load_backbone
 from tlcli.cache.store import Store
@@ -18,14 +19,23 @@ from tlcli.data.collection import collect
 from tlcli.errors import DataError
 from tlcli.features import cache_decision, cost_trial
 from tlcli.features.cache_decision import TIE, cached, choose_place, decide, recomputed
-from tlcli.features.cost_trial import CUT, RECOMPUTE, CachingCosts, Place, Trial, disk_seconds, measure_costs
+from tlcli.features.cost_trial import (
+    CUT,
+    RECOMPUTE,
+    CachePlace,
+    CachingCosts,
+    Trial,
+    disk_seconds,
+    measure_costs,
+)
 from tlcli.features.extractor import Extractor
 from tlcli.features.plan import make_extractor
+from tlcli.features.views import Views
 from tlcli.machine import memory, paths
 from tlcli.progress import Silent
 
 POLICY = AugmentPolicy(name="test", mirror=0.5)
-AT_CUT = Place(where=CUT, row_bytes=100_000, rows_to_compute=4200, prefix_seconds=0.01, rest_seconds=0.0,
+AT_CUT = CachePlace(where=CUT, row_bytes=100_000, rows_to_compute=4200, prefix_seconds=0.01, rest_seconds=0.0,
                write_seconds=0.0004, read_seconds=0.0001)  # fmt: skip
 COSTS = CachingCosts(
     epochs=20, num_train=1000, num_val=200, num_views=4, load_seconds=0.004, view_seconds=0.001,
@@ -133,8 +143,7 @@ def test_it_is_told_with_its_numbers():
 
 
 def config(folder, **options):
-    fixed = {"backbone": "test_resnet", "random_init": True, "image_size": 32, "dtype": "fp32", "freeze": "3"}
-    return ExtractConfig(data=str(folder), **{**fixed, **options})
+    return tiny(ExtractConfig, folder, **{"freeze": "3", **options})
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +165,7 @@ def collection(folder):
 
 def made(folder, **options):
     chosen = config(folder, **options)
-    return make_extractor(load_backbone(chosen), chosen, policy=POLICY)
+    return make_extractor(load_backbone(chosen), chosen, views=Views(POLICY))
 
 
 def test_measuring_leaves_nothing_behind_and_changes_nothing(folder, collection):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.features.filling import fill
 from tlcli.backbones.zoo import load_backbone
 from tlcli.cache.entry import Entry
 from tlcli.cache.store import Store
@@ -37,6 +38,9 @@ def extractor(name="test_resnet", image_size=32, crop_pct=None, **options):
     return Extractor(backbone, device="cpu", **options)
 
 
+IMAGES = {"a": 19, "b": 18}  # two full batches and a part of one
+
+
 @pytest.fixture(scope="module")
 def plain():
     return extractor(dtype="fp32")
@@ -47,23 +51,10 @@ def reduced():
     return extractor(dtype="bf16")
 
 
-@pytest.fixture
-def samples(tmp_path, make_images):
-    """37 images: two full batches and a part of one."""
-    make_images(tmp_path / "images", {"a": 19, "b": 18})
-    return find_images([str(tmp_path / "images")])
-
-
-def fill(store, samples, workers=2, **options):
-    fingerprints = fingerprint(samples, 2, Silent())
-    found = store.fill(samples, fingerprints, workers=workers, progress=Silent(), **options)
-    return found, [item.sha256 for item in fingerprints]
-
-
 def rows_of(extractor, samples, workers=2, mode="never"):
     """Return name -> row."""
     store = FeatureStore(extractor, mode)
-    _, keys = fill(store, samples, workers)
+    _, keys = fill(store, samples, workers=workers)
     rows, missing = store.read(keys)
     assert not missing
     return {sample.name: row for sample, row in zip(samples, rows, strict=True)}

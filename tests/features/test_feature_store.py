@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.features.filling import fill
 from tlcli.backbones.zoo import load_backbone
 from tlcli.cache.store import Store
 from tlcli.config.backbone import BackboneOptions
 from tlcli.data.augment import AugmentPolicy
 from tlcli.data.decode import decode
 from tlcli.data.folders import find_images
-from tlcli.data.split import fingerprint
 from tlcli.errors import ResourceError
 from tlcli.features import extractor as extracting
 from tlcli.features.batch import to_numpy
@@ -24,7 +24,6 @@ from tlcli.features.extractor import Extractor
 from tlcli.features.feature_store import FeatureStore
 from tlcli.features.views import Views
 from tlcli.machine import memory, paths
-from tlcli.progress import Silent
 
 POLICY = AugmentPolicy(name="test", mirror=0.5, crop_scale=0.5, rotate=20.0, brightness=0.3)
 
@@ -38,20 +37,6 @@ def extractor(policy=POLICY, seed=0, **options):
 @pytest.fixture(scope="module")
 def made():
     return extractor()
-
-
-@pytest.fixture
-def samples(tmp_path, make_images):
-    make_images(tmp_path / "images", {"a": 7, "b": 6})
-    return find_images([str(tmp_path / "images")])
-
-
-def fill(store, samples, views, **options):
-    fingerprints = fingerprint(samples, 2, Silent())
-    wanted = [views] * len(samples) if isinstance(views, range) else views
-    options = {"workers": 2, "progress": Silent(), **options}
-    found = store.fill(samples, fingerprints, views=wanted, **options)
-    return found, [item.sha256 for item in fingerprints]
 
 
 def counts(found):

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.features.filling import fill
 from tlcli.backbones.zoo import load_backbone
 from tlcli.cache.store import Store
 from tlcli.config.backbone import BackboneOptions
 from tlcli.data.augment import AugmentPolicy
 from tlcli.data.dataset import Sample
-from tlcli.data.folders import find_images
 from tlcli.data.split import fingerprint
 from tlcli.features import other_versions
 from tlcli.features.extractor import Extractor
@@ -39,12 +39,6 @@ def made():
 
 
 @pytest.fixture
-def samples(tmp_path, make_images):
-    make_images(tmp_path / "images", {"a": 7, "b": 6})
-    return find_images([str(tmp_path / "images")])
-
-
-@pytest.fixture
 def computed(monkeypatch):
     """Return the list of rows that were computed, which grows."""
     asked = []
@@ -56,13 +50,6 @@ def computed(monkeypatch):
 
     monkeypatch.setattr(Extractor, "compute_items", compute_items)
     return asked
-
-
-def fill(store, samples, views=range(1)):
-    fingerprints = fingerprint(samples, 2, Silent())
-    return store.fill(samples, fingerprints, workers=2, progress=Silent(), views=[views] * len(samples)), [
-        item.sha256 for item in fingerprints
-    ]
 
 
 def counts(found):

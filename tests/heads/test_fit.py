@@ -205,7 +205,7 @@ def test_head_survives_saving():
         fit_head(features, labels, 3, HeadOptions()).head,
         LinearHead(torch.ones(3, 40), torch.zeros(3), True),
     ):
-        again = head_from_state(head.facts(), head.state())
+        again = head_from_state(head.document(), head.state())
         assert torch.equal(again.logits(features), head.logits(features))
     with pytest.raises(DataError, match="unknown kind"):
         head_from_state({"kind": "forest"}, {})

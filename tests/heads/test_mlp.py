@@ -132,7 +132,7 @@ def test_survives_saving():
     features, labels = rings(80)
     head = fit_head(features, labels, 2, HeadOptions(**QUICK)).head
     assert isinstance(head, MlpHead)
-    again = head_from_state(head.facts(), head.state())
+    again = head_from_state(head.document(), head.state())
     assert torch.equal(again.logits(features), head.logits(features))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.tiny import TINY_FP32
 from tlcli.errors import DataError
 from tlcli.machine import paths, processes
 
@@ -95,8 +96,7 @@ def test_several_processes_give_the_same_answers_and_end_together(tmp_path):
     assert json.loads((tmp_path / "gone.json").read_text()) == "ResourceError"
 
 
-TINY = ("--backbone", "test_resnet", "--random-init", "--image-size", "32", "--dtype", "fp32",
-        "--freeze", "2", "--augment", "light")  # fmt: skip
+TINY = (*TINY_FP32, "--freeze", "2", "--augment", "light")
 
 
 @pytest.mark.slow

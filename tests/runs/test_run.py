@@ -44,7 +44,7 @@ def head_of(backbone, classes=3, **options):
 def write(path, backbone, head, status="done"):
     facts = {
         "backbone": {"name": backbone.name, "architecture": backbone.architecture,
-                     "arguments": backbone.arguments, "source": backbone.source, "license": None},
+                     "arguments": backbone.arguments, "source": backbone.origin, "license": None},
         "preprocess": dataclasses.asdict(backbone.preprocess), "class_names": ["a", "b", "c"],
         "data": {}, "dtype": {"name": "fp32"}, "options": {}, "trained_on": ["train"],
     }  # fmt: skip

@@ -11,10 +11,11 @@ import pytest
 import timm
 import torch
 
+from tests.tiny import finetuned, tiny
 from tlcli.backbones.units import units
 from tlcli.backbones.zoo import load_backbone
 from tlcli.commands.evaluate import evaluate, plan_evaluate
-from tlcli.commands.finetune import finetune, plan_finetune
+from tlcli.commands.finetune import plan_finetune
 from tlcli.commands.predict import Predictor
 from tlcli.config.commands import EvaluateConfig, FinetuneConfig
 from tlcli.errors import DataError, Interrupted, UsageError
@@ -25,22 +26,19 @@ ROOT = Path(__file__).parents[2]
 UNITS = 5  # of test_resnet
 
 
-@pytest.fixture
-def folder(tmp_path, make_images):
-    return make_images(tmp_path / "images", {"a": 12, "b": 12, "c": 12})
+IMAGES = {"a": 12, "b": 12, "c": 12}
 
 
 def config(folder, **options):
     fixed = {
-        "backbone": "test_resnet", "random_init": True, "image_size": 32, "workers": 2, "dtype": "fp32",
-        "folds": 2, "head_init": "probe",
-        "epochs": 2, "batch_size": 8, "freeze": "3", "amp": "none", "augment": "light", "views": 2,
+        "folds": 2, "head_init": "probe", "epochs": 2, "batch_size": 8, "freeze": "3", "amp": "none",
+        "augment": "light", "views": 2,
     }  # fmt: skip
-    return FinetuneConfig(data=str(folder), **{**fixed, **options})
+    return tiny(FinetuneConfig, folder, **{**fixed, **options})
 
 
 def run(folder, progress=None, **options):
-    return finetune(plan_finetune(config(folder, **options), Silent()), progress or Silent())
+    return finetuned(config(folder, **options), progress)
 
 
 def weights_of(result):

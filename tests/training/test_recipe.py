@@ -111,7 +111,7 @@ def test_what_selects_on_val_says_so():
 
 
 def test_the_facts_name_what_matters():
-    text = recipe(lr="auto", label_smoothing=0.2).facts()
+    text = recipe(lr="auto", label_smoothing=0.2).summary()
     assert "range test" in text
     assert "label smoothing 0.2" in text
     assert "linear probe" in text

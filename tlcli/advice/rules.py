@@ -1,7 +1,6 @@
 """The rule of thumb: which of the four scenarios suits a size and a similarity.
 
-The 2x2 table of size and similarity. It is a rule of thumb, so every cell carries the published figures
-that speak for and against it.
+A 2x2 table, and a rule of thumb, so every cell carries the published figures that speak for and against it.
 """
 
 from dataclasses import dataclass

@@ -27,7 +27,7 @@ class Backbone:
         arguments: What `timm.create_model` (or `load_stored`) needs besides `num_classes` to build the same
             network. Drop-path is not among them: it changes training alone.
         license: Licence of the weights where known, such as "apache-2.0".
-        source: Where the weights came from.
+        origin: Where the weights came from.
         pretrained: False with --random-init.
         pretrained_cfg: timm's configuration of the weights without their location; {} for other networks.
     """
@@ -39,14 +39,14 @@ class Backbone:
     num_features: int
     arguments: dict[str, Any] = field(default_factory=dict)
     license: str | None = None
-    source: Origin = "timm"
+    origin: Origin = "timm"
     pretrained: bool = True
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_timm(self) -> bool:
         """Return whether timm can build the network, so that its format can describe it."""
-        return self.source not in ("torchvision", "classic")
+        return self.origin not in ("torchvision", "classic")
 
 
 def state_sha256(module: nn.Module) -> str:

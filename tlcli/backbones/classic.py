@@ -1,4 +1,4 @@
-"""The networks of the text books that neither timm nor torchvision has, and the side branches of GoogLeNet.
+"""The networks of the text books that neither timm nor torchvision has.
 
     classic/lenet5-1998      LeNet-5 as published: 60,000 parameters, scaled tanh, trained subsampling
     classic/lenet5           LeNet-5 as built today: ReLU, max pooling, colour, batch norm on request

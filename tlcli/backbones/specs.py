@@ -33,14 +33,14 @@ class TimmSpec:
         cfg: timm's pretrained configuration.
         arguments: Arguments of the architecture that belong to the weights.
         find: Returns the weights file, asking a hub where needed; None where there are no weights.
-        source: Where the weights come from.
+        origin: Where the weights come from.
     """
 
     architecture: str
     cfg: dict[str, Any]
     arguments: dict[str, Any]
     find: Callable[[], Path] | None
-    source: Origin
+    origin: Origin
 
 
 def timm_spec(name: str, *, offline: bool = False) -> TimmSpec:
@@ -82,15 +82,15 @@ def _registry_spec(name: str, offline: bool) -> TimmSpec:
     full = f"{architecture}.{plain['tag']}" if plain.get("tag") else architecture
     has_weights = bool(plain.get("hf_hub_id") or plain.get("url"))
     find = partial(hub.registry_weights, full, plain, offline=offline) if has_weights else None
-    return TimmSpec(architecture=architecture, cfg=plain, arguments={}, find=find, source="timm")
+    return TimmSpec(architecture=architecture, cfg=plain, arguments={}, find=find, origin="timm")
 
 
-def _local_spec(folder: Path, source: Origin) -> TimmSpec:
+def _local_spec(folder: Path, origin: Origin) -> TimmSpec:
     config = folder / "config.json"
     if not config.is_file():
         what = "no such folder" if not folder.is_dir() else "it has no config.json"
         hint = "Expected timm's format: config.json and model.safetensors, as tlcli and timm write it."
-        if source == "bundled":
+        if origin == "bundled":
             hint = "The installation is incomplete; install tlcli again."
         raise BackboneError(f"Backbone folder {str(folder)!r} cannot be used: {what}.", hint=hint)
     architecture, cfg, arguments = _parse_config(config)
@@ -99,7 +99,7 @@ def _local_spec(folder: Path, source: Origin) -> TimmSpec:
         cfg=cfg,
         arguments=arguments,
         find=partial(hub.folder_weights, folder),
-        source=source,
+        origin=origin,
     )
 
 
@@ -111,7 +111,7 @@ def _hub_spec(repository: str, offline: bool) -> TimmSpec:
     config = hub.hub_file(identifier, ("config.json",), wanted, offline=offline)
     architecture, cfg, arguments = _parse_config(config)
     find = partial(hub.hub_file, identifier, hub.HUB_WEIGHTS, wanted, offline=offline)
-    return TimmSpec(architecture=architecture, cfg=cfg, arguments=arguments, find=find, source="hf-hub")
+    return TimmSpec(architecture=architecture, cfg=cfg, arguments=arguments, find=find, origin="hf-hub")
 
 
 def _parse_config(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:

@@ -65,7 +65,8 @@ def classifier_name(model: nn.Module) -> str | None:
     mode = model.training
     model.eval()
     image = torch.rand((1, *size), generator=torch.Generator().manual_seed(INIT_SEED))
-    traits = getattr(model, "_traits", {})
+    traits_of = getattr(timm.models, "get_model_traits", None)  # timm 1.0.20 has none
+    traits = traits_of(model) if traits_of else {}
     if traits.get("img_size"):
         image = image[:, :, :1, :1].expand(1, size[0], *traits["img_size"]).contiguous()
     with torch.inference_mode():
@@ -80,7 +81,7 @@ def classifier_name(model: nn.Module) -> str | None:
 def timm_config(
     backbone: Backbone, num_classes: int, class_names: list[str] | tuple[str, ...]
 ) -> dict[str, Any]:
-    """Return `config.json` for a network tuned from `backbone`, in timm's format.
+    """Return `config.json` for a network trained from `backbone`, in timm's format.
 
     With `model.safetensors` beside it, `timm.create_model("local-dir:DIR", pretrained=True)` builds the
     network with its arguments, and `timm.data.resolve_model_data_config` gives the same preprocessing.
@@ -177,7 +178,7 @@ def build(
         num_features=0,
         arguments=arguments,
         license=cfg.get("license"),
-        source=spec.source,
+        origin=spec.origin,
         pretrained_cfg=kept,
     )
 
@@ -263,7 +264,7 @@ def _refused(name: str, error: Exception, arguments: Mapping[str, Any]) -> Backb
     return BackboneError(f"{name} cannot be built{at}: {first_line(error)}", hint=hint)
 
 
-def explained(name: str, architecture: str, error: BackboneError, given: Mapping[str, Any]) -> Exception:
+def build_error(name: str, architecture: str, error: BackboneError, given: Mapping[str, Any]) -> Exception:
     """Return what to raise where a timm network was not built: a UsageError where an option is to blame."""
     cause = error.__cause__
     found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(cause))

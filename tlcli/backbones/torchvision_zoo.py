@@ -3,7 +3,7 @@
 The last linear layer gives way to the identity, so that the network returns what that layer was fed: pooled
 features in most families, the second hidden layer in AlexNet and VGG. SqueezeNet ends in a convolution; its
 features are pooled instead. GoogLeNet and Inception are built without their side branches, which training
-may add again (`tlcli.backbones.classic.side_branches`).
+may add again (`tlcli.backbones.side_branches`).
 """
 
 import math

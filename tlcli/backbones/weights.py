@@ -1,9 +1,4 @@
-"""Reading weights files without trusting them, and fitting their tensors to a network.
-
-A file is told apart by its content, never by its suffix. Nothing in it is executed: pickles go through
-`torch.load(weights_only=True)`, and what that refuses is refused here, with the way to convert it. Sizes are
-checked before memory is allocated: a zip with compressed records can claim a thousand times its size.
-"""
+"""Fitting the tensors of a weights file to a network, by names and shapes."""
 
 import logging
 import math

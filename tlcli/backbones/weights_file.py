@@ -1,4 +1,9 @@
-"""Reading a file of weights safely: nothing in it is executed, and what it claims is checked first."""
+"""Reading a file of weights without trusting it: safetensors, and pickles of tensors alone.
+
+A file is recognised by its content, never by its suffix. Nothing in it is executed: pickles go through
+`torch.load(weights_only=True)`, and what that refuses is refused here, with the way to convert it. Sizes are
+checked before memory is allocated: a zip with compressed records can claim a thousand times its size.
+"""
 
 import argparse
 import hashlib

@@ -14,7 +14,7 @@ import torch
 from tlcli.backbones.backbone import Backbone, no_drop_path
 from tlcli.backbones.preprocessing import with_options
 from tlcli.backbones.specs import LIST_HINT, timm_spec
-from tlcli.backbones.timm_zoo import build, explained
+from tlcli.backbones.timm_zoo import build, build_error
 from tlcli.config.backbone import BackboneOptions
 from tlcli.errors import BackboneError, UsageError
 from tlcli.machine.memory import is_out_of_memory
@@ -54,7 +54,7 @@ def load_backbone(options: BackboneOptions, drop_path: float = 0.0) -> Backbone:
         try:
             backbone = build(name, spec, options, given, drop_path)
         except BackboneError as error:
-            raise explained(name, spec.architecture, error, given) from error
+            raise build_error(name, spec.architecture, error, given) from error
     _set_drop_path(backbone, drop_path)
     backbone.pretrained = not options.random_init
     backbone.preprocess = with_options(backbone.preprocess, options)
@@ -99,13 +99,13 @@ def _build_other(
         parts = classic.build(
             name, given, weights_file=weights_file, random_init=random_init, image_size=image_size
         )
-        return Backbone(name=name, architecture=name, num_features=0, source="classic", **parts)
+        return Backbone(name=name, architecture=name, num_features=0, origin="classic", **parts)
     from tlcli.backbones import torchvision_zoo
 
     parts = torchvision_zoo.build(
         name, weights_file=weights_file, random_init=random_init, image_size=image_size
     )
-    return Backbone(name=name, architecture=name, num_features=0, source="torchvision", **parts)
+    return Backbone(name=name, architecture=name, num_features=0, origin="torchvision", **parts)
 
 
 def _set_drop_path(backbone: Backbone, rate: float) -> None:

@@ -23,7 +23,7 @@ from tlcli.cache.errors import cache_errors
 from tlcli.cache.healing import Damage, Healer
 from tlcli.cache.index import ROW_MASK, Index
 from tlcli.cache.key import RowKey
-from tlcli.cache.shard import Bytes2D, DamagedShard, RowFormat, Shard, environment, write_shard
+from tlcli.cache.shard import Bytes2D, DamagedShard, RowFormat, Shard, environment_record, write_shard
 from tlcli.cache.writer import FLUSH_BYTES, FLUSH_SECONDS, Writer
 from tlcli.machine import files
 from tlcli.progress import Progress, Silent
@@ -89,7 +89,7 @@ class Entry:
         """From now on give out only rows that these environments wrote; those of others count as missing.
 
         Args:
-            environments: Records as shards hold them; see `environment`.
+            environments: Records as shards hold them; see `environment_record`.
         """
         self._index.trust(environments)
 
@@ -228,7 +228,7 @@ class Entry:
         """
         with cache_errors("clean", self.directory):
             self._remove_temporaries()
-        publish = functools.partial(self._publish, environment(env))
+        publish = functools.partial(self._publish, environment_record(env))
         return Writer(self.row_format, publish, guard, flush_bytes, (flush_seconds, clock))
 
     def _remove_temporaries(self) -> None:

@@ -286,7 +286,7 @@ def _claims(header: bytes, entry_key: str) -> tuple[int, str]:
         claimed = json.loads(header[8:])
         num_rows, env = claimed["rows"]["shape"][0], claimed["__metadata__"]["env"]
         owner = claimed["__metadata__"]["entry_key"]
-        plain = type(env) is str and environment(json.loads(env)) == env
+        plain = type(env) is str and environment_record(json.loads(env)) == env
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise DamagedShard("its header is not that of a shard") from error
     if owner != entry_key:
@@ -296,7 +296,7 @@ def _claims(header: bytes, entry_key: str) -> tuple[int, str]:
     return num_rows, env
 
 
-def environment(env: Mapping[str, Any]) -> str:
+def environment_record(env: Mapping[str, Any]) -> str:
     """Return an environment record (library versions, device) as it is stored in a shard's header."""
     return canonical_json(dict(env))
 

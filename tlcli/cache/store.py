@@ -1,4 +1,4 @@
-"""The store of entries, and reading and writing an entry's rows.
+"""All entries of the cache, and the room they may take.
 
     ROOT/CACHEDIR.TAG
     ROOT/v1/<key[:2]>/<key>/spec.json    the facts the key was made of

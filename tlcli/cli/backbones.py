@@ -102,7 +102,7 @@ def show(out: Output, config: BackbonesShowConfig) -> None:
     if costs[0].cut is None:
         out.note("This network cannot be traced: it can be frozen as a whole (--freeze all) only.")
     quoted = shlex.quote(backbone.name)
-    if backbone.source == "classic":
+    if backbone.origin == "classic":
         given = f" --model-kwargs {shlex.quote(config.model_kwargs)}" if config.model_kwargs else ""
         out.hint(f"tlcli finetune DATA --backbone {quoted}{given} --scenario scratch")
     else:
@@ -114,7 +114,7 @@ def _document(backbone: "Backbone", costs: "list[UnitCosts]") -> dict[str, Any]:
     return {
         "name": backbone.name,
         "architecture": backbone.architecture,
-        "source": backbone.source,
+        "source": backbone.origin,
         "pretrained": backbone.pretrained,
         "license": backbone.license,
         "arguments": backbone.arguments,

@@ -55,7 +55,7 @@ def check(out: Output, config: DataCheckConfig) -> None:
     found = audit(dataset, examined, splits, max_bad=config.max_bad, min_per_class=config.min_per_class)
     if found.errors:
         _refuse(config.data, found)
-    document = {"data": config.data, **_about(dataset), **found.to_document()}
+    document = {"data": config.data, **_about(dataset), **found.document()}
     out.result("data.check", document, *_check_text(found))
     _hint_finetune(out, config.data, config.allow_outside_root)
 

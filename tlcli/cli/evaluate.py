@@ -21,15 +21,15 @@ def evaluate(out: Output, config: EvaluateConfig) -> None:
     from tlcli.commands import evaluate as library
 
     run, plan = library.plan_evaluate(config, out.progress)
-    facts = plan.facts()
+    facts = plan.summary()
     if (scenario := run.facts.get("scenario")) != "feature-extraction":
         facts["backbone"] = f"{run.facts['backbone']['name']}, as trained in scenario {scenario}"
     out.plan(f"Evaluate {config.run} on {config.split}", facts)
     if out.dry_run:
         out.result("evaluate.plan", plan.document())
         return
-    evaluation, features = library.evaluate(run, plan, config, out.progress)
-    out.note(features.summary())
+    evaluation, outcome = library.evaluate(run, plan, config, out.progress)
+    out.note(outcome.summary())
     found = evaluation.document
     names = found["class_names"]
     gate = None

@@ -24,18 +24,18 @@ def extract(out: Output, config: ExtractConfig) -> None:
     from tlcli.commands import extract as library
 
     plan = library.plan_extract(config, out.progress)
-    out.plan("Extract features", plan.facts())
+    out.plan("Extract features", plan.summary())
     if out.dry_run:
         out.result("extract.plan", plan.document())
         return
-    features = library.extract(config, plan, out.progress)
+    outcome = library.extract(config, plan, out.progress)
     document = {
         **plan.document(),
-        "features": features.document(),
+        "features": outcome.document(),
         "output": config.output,
-        "bad_images": [{"file": image.name, "reason": image.reason} for image in features.bad_images],
+        "bad_images": [{"file": image.name, "reason": image.reason} for image in outcome.bad_images],
     }
-    text = features.summary() + (f"\nwrote {config.output}" if config.output else "")
+    text = outcome.summary() + (f"\nwrote {config.output}" if config.output else "")
     out.result("extract", document, text)
     frozen = plan.store.extractor.cut.num_frozen_units
     if frozen:

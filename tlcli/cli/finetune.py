@@ -23,13 +23,13 @@ def finetune(out: Output, config: FinetuneConfig) -> None:
     plan = library.plan_finetune(config, out.progress, dry_run=out.dry_run)
     for note in plan.notes:
         out.note(note)
-    out.plan("Finetune", plan.facts())
+    out.plan("Finetune", plan.summary())
     if out.dry_run:
         out.result("finetune.plan", plan.document())
         return
     result = library.finetune(plan, out.progress)
     if plan.features is not None:
-        out.note(result.features.summary())
+        out.note(result.outcome.summary())
     out.result("finetune", result.document, table(["", ""], _rows(result.document)))
     run = shlex.quote(str(result.run_path))
     out.hint(f"tlcli evaluate {run}    tlcli report {run}")

@@ -38,7 +38,7 @@ from tlcli.errors import UsageError
 from tlcli.machine import files
 from tlcli.metrics.evaluation import headline
 from tlcli.metrics.intervals import wilson_interval
-from tlcli.metrics.significance import SIGNIFICANT, compare
+from tlcli.metrics.significance import SIGNIFICANT, SignTest, sign_test
 from tlcli.progress import Progress
 
 MARKER = ".tlcli-demo"
@@ -114,7 +114,7 @@ class Listener(Protocol):
         """Hear what came out of the step."""
 
 
-class Deaf:
+class SilentListener:
     """A Listener that does nothing."""
 
     def step(self, number: int, step: Step) -> None:
@@ -203,7 +203,7 @@ def demo(plan: DemoPlan, progress: Progress, listener: Listener | None = None) -
         UsageError: As `plan_demo`.
         StorageError: The folder or the feature cache cannot be written.
     """
-    listener = listener or Deaf()
+    listener = listener or SilentListener()
     started = time.perf_counter()
     _prepare(plan)
     show = _Show(plan, progress)
@@ -223,6 +223,15 @@ def demo(plan: DemoPlan, progress: Progress, listener: Listener | None = None) -
         **show.document,
         "commands": [step.command for step in plan.steps if step.command],
         "seconds": seconds,
+    }
+
+
+def comparison(found: SignTest) -> dict[str, Any]:
+    """Return how the backbone and raw pixels compare, for the result document."""
+    return {
+        "only_backbone_right": found.only_first,
+        "only_raw_pixels_right": found.only_second,
+        "p_value": found.p_value,
     }
 
 
@@ -281,9 +290,9 @@ class _Show:
             data=self._data, backbone=BACKBONE, device=self._config.device, workers=self._config.workers
         )
         plan = extraction.plan_extract(config, self._progress)
-        features = extraction.extract(config, plan, self._progress)
-        self.document["features"] = features.document()
-        return features.summary()
+        outcome = extraction.extract(config, plan, self._progress)
+        self.document["features"] = outcome.document()
+        return outcome.summary()
 
     def finetune(self) -> str:
         """Train the heads and write the run."""
@@ -294,7 +303,7 @@ class _Show:
         result = finetuning.finetune(finetuning.plan_finetune(config, self._progress), self._progress)
         cv = result.document["head"]["cv"]
         return (
-            f"{result.features.summary()}; accuracy {cv['top1_accuracy']:.3f} by cross-validation "
+            f"{result.outcome.summary()}; accuracy {cv['top1_accuracy']:.3f} by cross-validation "
             "inside train, whose folds mix look-alikes: expect less on val"
         )
 
@@ -302,7 +311,7 @@ class _Show:
         """Measure the run."""
         config = EvaluateConfig(run=self._run, device=self._config.device, workers=self._config.workers)
         run, plan = evaluation.plan_evaluate(config, self._progress)
-        found, features = evaluation.evaluate(run, plan, config, self._progress)
+        found, outcome = evaluation.evaluate(run, plan, config, self._progress)
         metrics = headline(found.document)
         self.document["metrics"] = {"val": metrics}
         self._right = {
@@ -310,7 +319,7 @@ class _Show:
         }
         mistakes = found.document["num_mistakes"]
         return (
-            f"{features.summary()}; accuracy {metrics['top1_accuracy']:.3f}, "
+            f"{outcome.summary()}; accuracy {metrics['top1_accuracy']:.3f}, "
             f"{mistakes} of {metrics['num_images']} wrong"
         )
 
@@ -338,7 +347,7 @@ class _Show:
         """Measure logistic regression without a backbone."""
         found, right = fit_raw_pixels()
         self.document["raw_pixels"] = found
-        self.document["comparison"] = compare(self._right, right)
+        self.document["comparison"] = comparison(sign_test(self._right, right))
         self.document["conclusion"] = conclusion(self.document)
         return f"accuracy {found['top1_accuracy']:.3f} with C {found['C']:g}; {self.document['conclusion']}"
 
@@ -399,7 +408,7 @@ def fit_raw_pixels() -> tuple[dict[str, Any], dict[str, bool]]:
     num_right, total = int(right.sum()), len(right)
     found = {
         "top1_accuracy": num_right / total,
-        "interval": wilson_interval(num_right, total).as_dict(),
+        "interval": wilson_interval(num_right, total).document(),
         "num_images": total,
         "C": float(search.best_params_["C"]),
     }

@@ -54,10 +54,10 @@ def plan_evaluate(config: EvaluateConfig, progress: Progress) -> tuple[Run, Feat
     workers = config.num_workers
     collection = _split_of(config, run, workers, progress)
     dtype = run.facts["dtype"]["name"] if config.dtype == "auto" else config.dtype
-    # A tuned network's features serve this run alone: they are kept only when asked, and as plain vectors.
-    tuned = run.facts.get("scenario", "feature-extraction") != "feature-extraction"
-    stored_as = "auto" if tuned else run.facts["options"].get("cache-dtype", "auto")
-    cache: CacheMode = "never" if tuned and config.cache == "auto" else config.cache
+    # A trained network's features serve this run alone: they are kept only when asked, and as plain vectors.
+    trained = run.facts.get("scenario", "feature-extraction") != "feature-extraction"
+    stored_as = "auto" if trained else run.facts["options"].get("cache-dtype", "auto")
+    cache: CacheMode = "never" if trained and config.cache == "auto" else config.cache
     extractor = Extractor(run.backbone(), device=config.device, dtype=dtype, cache_dtype=stored_as)
     return run, plan_features(
         collection, extractor, cache=cache, workers=workers, max_bad=config.max_bad,
@@ -118,8 +118,8 @@ def evaluate(
         DataError: Too many images cannot be used.
     """
     config = _own_data_unnamed(config, run)
-    features = compute_features(plan, progress, to_train=False)
-    collection = features.usable(plan.collection)
+    outcome = compute_features(plan, progress, to_train=False)
+    collection = outcome.usable(plan.collection)
     logits = head_logits(plan, collection, run.head())
     evaluation = measure(
         logits,
@@ -132,13 +132,13 @@ def evaluate(
     chosen_here = config.data is None and config.split == _selected_on(run)
     in_training = config.split in run.facts["trained_on"]
     evaluation.document["selected_on"] = "train" if in_training else config.split if chosen_here else None
-    evaluation.document["num_skipped"] = len(features.bad_images)
+    evaluation.document["num_skipped"] = len(outcome.bad_images)
     if config.data is None:
         try:
             write_evaluation(run.path, config.split, evaluation)
         except StorageError:  # a read-only run can be measured all the same
             evaluation.document["stored"] = False
-    return evaluation, features
+    return evaluation, outcome
 
 
 def head_logits(plan: FeaturePlan, collection: Collection, head: Head) -> np.ndarray[Any, Any]:

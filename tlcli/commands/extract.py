@@ -11,6 +11,7 @@ from tlcli.errors import UsageError
 from tlcli.features.export import export
 from tlcli.features.outcome import Outcome
 from tlcli.features.plan import FeaturePlan, compute_features, make_extractor, plan_features
+from tlcli.features.views import Views
 from tlcli.machine import processes
 from tlcli.progress import Progress
 
@@ -44,7 +45,8 @@ def plan_extract(config: ExtractConfig, progress: Progress) -> FeaturePlan:
                 f"--views {num_views} with --augment none would store the same row {num_views} times.",
                 hint="Leave --views out, or choose an --augment preset.",
             )
-    extractor = make_extractor(load_backbone(config), config, policy=policy)
+    views = Views(policy, config.view_seed) if policy is not None else None
+    extractor = make_extractor(load_backbone(config), config, views=views)
     return plan_features(
         collection, extractor, cache=config.cache, workers=workers, max_bad=config.max_bad,
         num_views=num_views, max_bytes=config.cache_max_bytes,
@@ -61,7 +63,7 @@ def extract(config: ExtractConfig, plan: FeaturePlan, progress: Progress) -> Out
     bad_images_path = (output.parent if output else Path()) / "bad_images.csv"
     if plan.store.entry is None and not processes.is_main():
         return Outcome()  # rows in memory are of use to the process that exports them alone
-    features = compute_features(plan, progress, bad_images_path=bad_images_path)
+    outcome = compute_features(plan, progress, bad_images_path=bad_images_path)
     if output and processes.is_main():
-        export(plan, features, output)
-    return features
+        export(plan, outcome, output)
+    return outcome

@@ -20,7 +20,6 @@ from tlcli.commands.evaluate import head_logits
 from tlcli.config.commands import FinetuneConfig
 from tlcli.config.fields import to_options
 from tlcli.data.collection import Collection, collect, groups_of, labels_of
-from tlcli.errors import UsageError
 from tlcli.features.extractor import Extractor
 from tlcli.features.outcome import Outcome
 from tlcli.features.plan import (
@@ -41,10 +40,9 @@ from tlcli.runs.card import model_card
 from tlcli.runs.directory import RunDirectory, check_run_dir, default_run_dir, run_to_continue
 from tlcli.runs.model_files import save_model
 from tlcli.runs.results import write_evaluation
-from tlcli.training import plan as tuning
 from tlcli.training.backbone import TrainedBackbone, train_backbone
 from tlcli.training.checkpoints import Checkpoints
-from tlcli.training.plan import TrainingPlan, check_packages
+from tlcli.training.plan import TrainingPlan, check_packages, plan_training
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class FinetunePlan:
         collection: The images of train and val.
         extractor: The prefix, or the whole backbone where nothing is frozen.
         features: What computing the features takes; None where images are trained on directly.
-        tuning: How the backbone's units are trained; None in scenario feature-extraction.
+        training: How the backbone's units are trained; None in scenario feature-extraction.
         run_dir: The run directory to write.
         started: time.perf_counter() when planning began.
     """
@@ -65,7 +63,7 @@ class FinetunePlan:
     collection: Collection
     extractor: Extractor
     features: FeaturePlan | None
-    tuning: TrainingPlan | None
+    training: TrainingPlan | None
     run_dir: Path
     started: float
 
@@ -78,20 +76,20 @@ class FinetunePlan:
     def notes(self) -> tuple[str, ...]:
         """Return what people should know beforehand."""
         warning = (scratch_warning(),) if self.scenario == "scratch" else ()
-        return (*(self.tuning.notes if self.tuning else ()), *warning)
+        return (*(self.training.notes if self.training else ()), *warning)
 
-    def facts(self) -> dict[str, str]:
+    def summary(self) -> dict[str, str]:
         """Return the plan for people."""
         facts = {"scenario": self.scenario}
         if self.features is not None:
-            facts |= self.features.facts()
+            facts |= self.features.summary()
         else:
             counts = ", ".join(f"{n:,} {name}" for name, n in self.collection.num_images().items() if n)
             facts["images"] = f"{counts} in {len(self.collection.dataset.class_names)} classes"
             facts["backbone"] = self.extractor.backbone.name
             facts["computes on"] = f"{self.extractor.device} ({self.extractor.device_choice.reason})"
-        if self.tuning is not None:
-            facts |= self.tuning.facts()
+        if self.training is not None:
+            facts |= self.training.summary()
         else:
             hidden = self.config.hidden_sizes
             head = f"mlp {' x '.join(map(str, hidden))}" if hidden else "linear, 48 in one job"
@@ -101,9 +99,9 @@ class FinetunePlan:
     def document(self) -> dict[str, Any]:
         """Return the plan for machines."""
         features = self.features.document() if self.features else {}
-        tuned = self.tuning.document() if self.tuning else {}
+        trained = self.training.document() if self.training else {}
         return {"scenario": self.scenario, "run_path": str(self.run_dir),
-                "num_images": self.collection.num_images(), **features, **tuned}  # fmt: skip
+                "num_images": self.collection.num_images(), **features, **trained}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,13 +112,13 @@ class Result:
         run_path: Its directory.
         document: The result for --json.
         evaluation: The measured val split; None with --refit, or when val is empty.
-        features: What became of the images.
+        outcome: What became of the images.
     """
 
     run_path: Path
     document: dict[str, Any]
     evaluation: Evaluation | None
-    features: Outcome
+    outcome: Outcome
 
 
 def plan_finetune(config: FinetuneConfig, progress: Progress, *, dry_run: bool = False) -> FinetunePlan:
@@ -153,7 +151,7 @@ def plan_finetune(config: FinetuneConfig, progress: Progress, *, dry_run: bool =
             max_bytes=config.cache_max_bytes,
         )  # fmt: skip
     else:
-        plan = tuning.plan_training(config, collection, run_to_continue(config), dry_run=dry_run)
+        plan = plan_training(config, collection, run_to_continue(config), dry_run=dry_run)
         extractor, features = plan.extractor, plan.features
     if config.output:
         run_dir = Path(config.output)
@@ -190,23 +188,23 @@ def finetune(plan: FinetunePlan, progress: Progress) -> Result:
     with RunDirectory(
         plan.run_dir, config, _facts(plan), resume=config.resume, write=processes.is_main()
     ) as writer:
-        features = _features(plan, progress)
-        collection = features.usable(plan.collection)
+        outcome = _compute(plan, progress)
+        collection = outcome.usable(plan.collection)
         trained_on = ("train", "val") if config.refit else ("train",)
         train = collection.select([i for i, split in enumerate(collection.splits) if split in trained_on])
         val = collection.select([i for i, split in enumerate(collection.splits) if split not in trained_on])
         started = time.perf_counter()
-        if plan.tuning is not None:
-            tuned = train_backbone(plan.tuning, config, train, val, writer, progress)
-            head, facts = tuned.head, _tuned_facts(plan, tuned)
-            logits = None if tuned.logits is None else tuned.logits.numpy()
+        if plan.training is not None:
+            trained = train_backbone(plan.training, config, train, val, writer, progress)
+            head, facts = trained.head, _trained_facts(plan, trained)
+            logits = None if trained.logits is None else trained.logits.numpy()
         else:
             fitted = _fit(plan, train, progress)
             head, facts = fitted.head, _fitted_facts(config, fitted, train)
             logits = head_logits(_planned(plan), val, fitted.head) if val.samples else None
             writer.write_lines("metrics.jsonl", _lines(fitted))
-        part = "head" if plan.tuning is None else "training"
-        seconds = {"features": features.seconds, part: time.perf_counter() - started}
+        part = "head" if plan.training is None else "training"
+        seconds = {"features": outcome.seconds, part: time.perf_counter() - started}
         evaluation = None
         if logits is not None:
             names = collection.dataset.class_names
@@ -220,7 +218,7 @@ def finetune(plan: FinetunePlan, progress: Progress) -> Result:
         seconds["total"] = time.perf_counter() - plan.started
         facts["head"]["stored"] = stored
         facts |= {
-            "data": {**_data_facts(plan, train), "bad": len(features.bad_images)},
+            "data": {**_data_facts(plan, train), "bad": len(outcome.bad_images)},
             "trained_on": list(trained_on),
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
         }
@@ -228,23 +226,23 @@ def finetune(plan: FinetunePlan, progress: Progress) -> Result:
         writer.finish(facts)
     if processes.is_main():
         Checkpoints(plan.run_dir).clear()
-    return Result(plan.run_dir, _document(plan, {**_facts(plan), **facts}, features), evaluation, features)
+    return Result(plan.run_dir, _document(plan, {**_facts(plan), **facts}, outcome), evaluation, outcome)
 
 
-def _document(plan: FinetunePlan, facts: dict[str, Any], features: Outcome) -> dict[str, Any]:
+def _document(plan: FinetunePlan, facts: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
     """Return the result for --json."""
     names = ("metrics", "head", "recipe", "training", "seconds")
     return {
         "run_path": str(plan.run_dir),
         "scenario": plan.scenario,
         **{name: facts[name] for name in names if name in facts},
-        "features": features.document(),
+        "features": outcome.document(),
         "num_images": plan.collection.num_images(),
         "class_names": list(plan.collection.dataset.class_names),
     }
 
 
-def _features(plan: FinetunePlan, progress: Progress) -> Outcome:
+def _compute(plan: FinetunePlan, progress: Progress) -> Outcome:
     """Compute the rows of a plan; where there are none, look for images that cannot be used."""
     bad_images_path = plan.run_dir / "bad_images.csv"
     if plan.features is not None:
@@ -253,8 +251,7 @@ def _features(plan: FinetunePlan, progress: Progress) -> Outcome:
 
 
 def _planned(plan: FinetunePlan) -> FeaturePlan:
-    if plan.features is None:
-        raise UsageError("There are no features to train a head on.")
+    assert plan.features is not None  # scenario feature-extraction always has them
     return plan.features
 
 
@@ -278,7 +275,7 @@ def _facts(plan: FinetunePlan) -> dict[str, Any]:
             "architecture": backbone.architecture,
             "arguments": backbone.arguments,
             "license": backbone.license,
-            "source": backbone.source,
+            "source": backbone.origin,
             "pretrained": backbone.pretrained,
             "num_frozen_units": extractor.cut.num_frozen_units,
         },
@@ -290,13 +287,13 @@ def _facts(plan: FinetunePlan) -> dict[str, Any]:
         "cache_key": _cache_key(plan),
         "options": to_options(plan.config),
     }
-    if plan.tuning is not None:
+    if plan.training is not None:
         facts["recipe"] = {
-            **plan.tuning.recipe.document(),
-            "augmentation": plan.tuning.policy.facts(),
-            "num_views": plan.tuning.num_views,
-            "amp": plan.tuning.amp,
-            "caching": None if plan.tuning.caching is None else plan.tuning.caching.document(),
+            **plan.training.recipe.document(),
+            "augmentation": plan.training.policy.key_facts(),
+            "num_views": plan.training.num_views,
+            "amp": plan.training.amp,
+            "caching": None if plan.training.caching is None else plan.training.caching.document(),
         }
         if plan.scenario != "freeze":  # the network is trained and measured as it is, no prefix was prepared
             facts["dtype"] = {"name": "fp32", "reason": "as it was trained"}
@@ -340,15 +337,15 @@ def _fitted_facts(config: FinetuneConfig, fitted: FittedHead, train: Collection)
     return {"head": head, "metrics": _cross_validation(fitted, train)}
 
 
-def _tuned_facts(plan: FinetunePlan, tuned: TrainedBackbone) -> dict[str, Any]:
+def _trained_facts(plan: FinetunePlan, trained: TrainedBackbone) -> dict[str, Any]:
     """Return what a trained network is."""
-    assert plan.tuning is not None
-    recipe = plan.tuning.recipe
+    assert plan.training is not None
+    recipe = plan.training.recipe
     selected_on = "val" if recipe.select_on_val else None
-    training = {**tuned.document(), "selected_on": selected_on}
+    training = {**trained.document(), "selected_on": selected_on}
     head = {
         "kind": "mlp" if plan.config.hidden_sizes else "linear",
-        "chosen": {"lr": tuned.trained.lr, "epochs": len(tuned.trained.history)},
+        "chosen": {"lr": trained.result.lr, "epochs": len(trained.result.history)},
         "cv": None, "refit": False, "selected_on": selected_on,
     }  # fmt: skip
     return {"head": head, "training": training, "metrics": {"val": None}}
@@ -366,7 +363,7 @@ def _cross_validation(fitted: FittedHead, train: Collection) -> dict[str, Any]:
         "val": None,
         "cross_validation": {
             "top1_accuracy": accuracy,
-            "interval": wilson_interval(round(accuracy * total), total).as_dict(),
+            "interval": wilson_interval(round(accuracy * total), total).document(),
             "num_images": total,
             "majority_baseline": labels.count(majority) / len(labels),
         },

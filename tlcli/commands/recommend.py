@@ -28,7 +28,7 @@ class Recommendation:
         similarity: Its similarity to the pretraining data, as given.
         reason: Why this scenario.
         caveats: What the literature says for and against, each with its source.
-        built: Whether this version of tlcli has the scenario; it has all four.
+        built: Always true: every scenario is there. Documents of schema 1 have the field.
         command: The command to run next.
     """
 

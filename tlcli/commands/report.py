@@ -64,7 +64,7 @@ def report(config: ReportConfig) -> Report:
             facts=facts_of(facts),
             cross_validation=facts["metrics"].get("cross_validation"),
             trained_on=facts["trained_on"],
-            tuned=training_of(facts),
+            trained=training_of(facts),
             recipe=recipe_of(facts),
             training=training_figures(lines, facts),
             ringed=chosen_head(facts["head"]) is not None,

@@ -87,7 +87,7 @@ class Audit:
         """The findings that would poison training."""
         return [finding for finding in self.findings if finding.severity == "error"]
 
-    def to_document(self) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         """Return the audit as JSON-able values."""
         return {
             "num_images": self.num_images,

@@ -96,7 +96,7 @@ class AugmentPolicy:
     @property
     def is_none(self) -> bool:
         """Return whether every view is the plain one."""
-        return self.facts() == AugmentPolicy().facts()
+        return self.key_facts() == AugmentPolicy().key_facts()
 
     def values(self) -> dict[str, float | int | bool]:
         """Return every value that changes pixels, by name."""
@@ -106,7 +106,7 @@ class AugmentPolicy:
             if item.name not in {"name", "reason"}
         }
 
-    def facts(self) -> dict[str, Any]:
+    def key_facts(self) -> dict[str, Any]:
         """Return everything that changes pixels, for the cache key; floats as `repr` strings."""
         values = {
             name: repr(float(value)) if isinstance(value, float) else value

@@ -25,7 +25,8 @@ from tlcli.data.dataset import (
     names_text,
     own_classes,
 )
-from tlcli.errors import DataError, StorageError
+from tlcli.errors import DataError
+from tlcli.machine import files
 
 IMAGE_EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
@@ -128,10 +129,8 @@ class _Walker:
                     "bytes is longer than the system allows.",
                     hint="Move the data up, or give its folders shorter names.",
                 ) from error
-            raise StorageError(
-                f"Folder {path!r} cannot be listed: {error.strerror}.",
-                hint="Give yourself permission to read it, or move it out of the data folder.",
-            ) from error
+            hint = "Give yourself permission to read it, or move it out of the data folder."
+            raise files.storage_error("list folder", path, error, hint=hint) from error
 
     def _take(self, entry: os.DirEntry[str], name: str) -> None:
         if entry.name.startswith("."):

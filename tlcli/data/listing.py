@@ -1,7 +1,7 @@
 """CSV and TSV files that list images: text to rows, with a line number for every complaint, and back.
 
 Cells are kept exactly as written: "01" is not "1", "NA" is a class, a space at the end stays. Which files the
-rows name, and whether they fit together, is the business of scan.py.
+rows name, and whether they fit together, is looked at here too, once all rows are read.
 """
 
 import codecs
@@ -52,7 +52,7 @@ class Row:
     group: str
 
 
-class Complaints:
+class ListingProblems:
     """Collects what is wrong with a file, to say up to MAX_PROBLEMS of it at once."""
 
     def __init__(self, source: str) -> None:
@@ -216,7 +216,7 @@ def _parse(path: str, stream: io.TextIOWrapper, options: DataOptions) -> list[Ro
     delimiter = DELIMITERS.get(os.path.splitext(path)[1].lower(), ",")
     lines = _Lines(path, stream)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    problems = Complaints(path)
+    problems = ListingProblems(path)
     rows: list[Row] = []
     header: list[str] | None = None
     columns: list[int | None] = []
@@ -306,7 +306,7 @@ def scan_listing(path: str, options: DataOptions, class_names: Sequence[str] | N
     """
     rows = read_listing(path, options)
     root = os.path.dirname(path)
-    problems = Complaints(path)
+    problems = ListingProblems(path)
     inside = _Containment(root, options.allow_outside_root)
     found: dict[str, tuple[Row, Found]] = {}
     ignored: Counter[str] = Counter()
@@ -366,7 +366,7 @@ def _contradiction(row: Row, before: Found, now: Found) -> str:
     return f"{now.name!r} has group {now.group!r}, on line {row.line} {before.group!r}"
 
 
-def _csv_hint(problems: Complaints) -> str | None:
+def _csv_hint(problems: ListingProblems) -> str | None:
     text = " ".join(problems.lines)
     if "outside the folder" in text:
         return "--allow-outside-root lets a CSV file name files anywhere on this machine."

@@ -2,7 +2,7 @@
 
 timm's own transform works on Pillow images. This one has the same geometry (sizes and crop offsets are
 equal) and works on the decoder's tensor, in memory order channels-last, with torch's native uint8 kernel. Its
-values differ from Pillow's by one level in less than one per cent of the pixels, so that `facts` names the
+values differ from Pillow's by one level in less than one per cent of the pixels, so `key_facts` names the
 backend for the cache key. Mean and standard deviation are applied later, on the device.
 """
 
@@ -71,7 +71,7 @@ class EvalTransform:
         ratio = max(ratios) if self.preprocess.crop_mode == "border" else min(ratios)
         return max(1, round(height / ratio)), max(1, round(width / ratio))
 
-    def facts(self) -> dict[str, Any]:
+    def key_facts(self) -> dict[str, Any]:
         """Return every value that decides the result, for the cache key; floats as `repr` strings."""
         preprocess = self.preprocess
         return {

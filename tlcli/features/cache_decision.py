@@ -5,8 +5,8 @@
     recomputing          each epoch:          read, decode, augment, prefix up to the cut, the trained part
 
 A place is the cut, or an operation before it where fewer numbers cross: rows of early layers are large, and
-what fits neither the disk nor the memory that caches it is read slowly. `measure` times the parts on a few of
-the user's images, `choose` is plain arithmetic on the result.
+what fits neither the disk nor the memory that caches it is read slowly. cost_trial.py times the parts on a
+few of the user's images, `choose_place` is plain arithmetic on the result.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import torch
 from tlcli.backbones.cut import cut_earlier
 from tlcli.data.collection import Collection
 from tlcli.errors import BackboneError
-from tlcli.features.cost_trial import CUT, RECOMPUTE, CachingCosts, Place, Trial, measure_costs
+from tlcli.features.cost_trial import CUT, RECOMPUTE, CachePlace, CachingCosts, Trial, measure_costs
 from tlcli.features.extractor import Extractor
 from tlcli.features.feature_store import FeatureStore
 from tlcli.machine import processes
@@ -110,7 +110,7 @@ def choose_place(costs: CachingCosts) -> CachingDecision:
     return CachingDecision(best.where, _reason(best, others), (best, *others), costs)
 
 
-def cached(costs: CachingCosts, place: Place) -> Option:
+def cached(costs: CachingCosts, place: CachePlace) -> Option:
     """Return what caching at a place takes."""
     rows = place.rows_to_compute
     images = rows / costs.num_views  # one that is decoded gives all of its views

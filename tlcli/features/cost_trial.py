@@ -48,7 +48,7 @@ CUT, RECOMPUTE = "cut", "recompute"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class CachePlace:
     """What caching at one place costs; seconds are those of one row.
 
     Attributes:
@@ -100,7 +100,7 @@ class CachingCosts:
     workers: int
     overlap: bool
     free_bytes: int
-    places: tuple[Place, ...]
+    places: tuple[CachePlace, ...]
 
 
 # ---- the measurement -------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def measure_costs(
         if free > 2 * TRIAL_BYTES:
             write, read = disk_seconds(store.cache, spec, num_rows * row_bytes)
         places.append(
-            Place(where=where, row_bytes=row_bytes, rows_to_compute=new, prefix_seconds=share * prefix,
+            CachePlace(where=where, row_bytes=row_bytes, rows_to_compute=new, prefix_seconds=share * prefix,
                   rest_seconds=rest, write_seconds=write, read_seconds=read)
         )  # fmt: skip
     num_train = collection.splits.count("train")

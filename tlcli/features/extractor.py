@@ -98,7 +98,7 @@ class Extractor:
             "arguments": json.dumps(backbone.arguments, sort_keys=True, default=str),
             "prefix_sha256": prefix_sha256,
             "cut": self.cut.node,
-            "preprocess": self.view.transform.facts(),
+            "preprocess": self.view.transform.key_facts(),
             "decode": dict(POLICY),
             "compute": self._fast.facts,
             "row_dtype": self.row_dtype,

@@ -112,7 +112,7 @@ class FeatureStore:
                 for view in chosen:
                     wanted.setdefault((found.sha256, view), sample)
         with self._lock:
-            self._rows.judge(wanted, verifying=self.mode == "verify")
+            self._rows.compare_versions(wanted, verifying=self.mode == "verify")
             known = set() if self.mode == "verify" else self.known()
         items: dict[str, tuple[Sample, list[int]]] = {}
         for (sha256, view), sample in wanted.items():

@@ -16,10 +16,9 @@ import torch
 
 from tlcli.backbones.backbone import Backbone
 from tlcli.backbones.cut import Cut
-from tlcli.config.backbone import CacheMode
+from tlcli.config.backbone import CacheMode, FeatureOptions
 from tlcli.config.commands import FinetuneConfig
 from tlcli.data.audit import examine, require_usable
-from tlcli.data.augment import AugmentPolicy
 from tlcli.data.collection import Collection
 from tlcli.data.image_files import BadImage
 from tlcli.errors import CheckFailed, StorageError
@@ -68,7 +67,7 @@ class FeaturePlan:
         """Return the rows that need not be computed: there already, or those of a copy."""
         return sum(map(len, views_of(self.collection, self.num_views))) - self.rows_to_compute
 
-    def facts(self) -> dict[str, str]:
+    def summary(self) -> dict[str, str]:
         """Return the plan for people."""
         counts = self.collection.num_images()
         extractor = self.store.extractor
@@ -172,7 +171,7 @@ def compute_features(
     """
     collection = plan.collection
     total = len(collection.samples)
-    features = plan.store.fill(
+    outcome = plan.store.fill(
         collection.samples,
         collection.fingerprints,
         workers=plan.workers,
@@ -181,53 +180,53 @@ def compute_features(
         together=True,
         stop=lambda num_bad: num_bad > plan.max_bad * total,
     )
-    plan.results.append(features)
-    if features.bad_images:
+    plan.results.append(outcome)
+    if outcome.bad_images:
         if bad_images_path is not None and processes.is_main():
-            write_bad_images(bad_images_path, features.bad_images)
+            write_bad_images(bad_images_path, outcome.bad_images)
         where = f" ({bad_images_path})" if bad_images_path else ""
         logger.warning(
-            "%d of %d images cannot be used and are skipped%s", len(features.bad_images), total, where
+            "%d of %d images cannot be used and are skipped%s", len(outcome.bad_images), total, where
         )
     require_usable(
-        collection.dataset, collection.splits, features.bad_images, max_bad=plan.max_bad, to_train=to_train
+        collection.dataset, collection.splits, outcome.bad_images, max_bad=plan.max_bad, to_train=to_train
     )
     _warn_odd_formats(collection)
-    if features.differing:
+    if outcome.differing:
         raise CheckFailed(
-            f"{len(features.differing)} of {features.rows_reused} stored rows are not what was recomputed, "
-            f"the first of {features.differing[0]!r}; the largest relative difference is "
-            f"{features.largest_difference:.3g}.",
+            f"{len(outcome.differing)} of {outcome.rows_reused} stored rows are not what was recomputed, "
+            f"the first of {outcome.differing[0]!r}; the largest relative difference is "
+            f"{outcome.largest_difference:.3g}.",
             document={
                 **plan.document(),
-                "features": features.document(),
-                "largest_difference": features.largest_difference,
-                "differing": features.differing,
+                "features": outcome.document(),
+                "largest_difference": outcome.largest_difference,
+                "differing": outcome.differing,
             },
-            hint=f"Delete the entry's rows: tlcli cache show {features.entry_key} names its folder.",
+            hint=f"Delete the entry's rows: tlcli cache show {outcome.entry_key} names its folder.",
         )
-    return features
+    return outcome
 
 
 def make_extractor(
-    backbone: Backbone, config: Any, *, cut: Cut | None = None, policy: AugmentPolicy | None = None
+    backbone: Backbone, options: FeatureOptions, *, cut: Cut | None = None, views: Views | None = None
 ) -> Extractor:
-    """Return the extractor that the feature options of `config` ask for.
+    """Return the extractor that feature options ask for.
 
     Args:
         backbone: From `load_backbone`.
-        config: With the fields of FeatureOptions and, for a policy, those of AugmentOptions.
-        cut: Where the backbone is divided; None cuts it where `config.freeze` says.
-        policy: How views from 1 on are made; None where view 0 is all there is.
+        options: Device, types, and how many units are frozen.
+        cut: Where the backbone is divided; None cuts it where `options` say.
+        views: How views from 1 on are made; None where view 0 is all there is.
     """
     return Extractor(
         backbone,
-        freeze=config.freeze,
-        device=config.device,
-        dtype=config.dtype,
-        cache_dtype=config.cache_dtype,
+        freeze=options.freeze,
+        device=options.device,
+        dtype=options.dtype,
+        cache_dtype=options.cache_dtype,
         cut=cut,
-        views=Views(policy, config.view_seed) if policy is not None else None,
+        views=views,
     )
 
 
@@ -257,10 +256,10 @@ def read_rows(plan: FeaturePlan, collection: Collection, views: Sequence[int] | 
             views=[(views[place],) for place in missing] if views else None,
         )  # fmt: skip
         with _COUNTING:
-            for features in plan.results[-1:]:
-                changed = min(found.rows_computed, features.rows_reused)
-                features.rows_reused -= changed
-                features.rows_computed += changed
+            for outcome in plan.results[-1:]:
+                changed = min(found.rows_computed, outcome.rows_reused)
+                outcome.rows_reused -= changed
+                outcome.rows_computed += changed
         rows, missing = plan.store.read(keys, views)
     if missing:
         raise StorageError("The cache changes while it is read.", hint="Run the same command again.")

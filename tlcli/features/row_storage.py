@@ -12,7 +12,7 @@ import numpy as np
 
 from tlcli.cache.entry import Entry
 from tlcli.cache.key import RowKey
-from tlcli.cache.shard import TABLE_BYTES, environment
+from tlcli.cache.shard import TABLE_BYTES, environment_record
 from tlcli.cache.store import Store
 from tlcli.cache.writer import Writer
 from tlcli.data.dataset import Sample
@@ -36,7 +36,7 @@ class RowStorage(Protocol):
     def known(self) -> set[RowKey]:
         """Return the keys (SHA-256 and view) of the rows that are there now."""
 
-    def judge(self, wanted: Mapping[RowKey, Sample], *, verifying: bool) -> None:
+    def compare_versions(self, wanted: Mapping[RowKey, Sample], *, verifying: bool) -> None:
         """Decide which of the rows that are there can be used, of those wanted."""
 
     def check_space(self, num_rows: int, *, write: bool) -> None:
@@ -64,7 +64,7 @@ class RowsInMemory:
         """Return the keys of the rows."""
         return set(self._rows)
 
-    def judge(self, wanted: Mapping[RowKey, Sample], *, verifying: bool) -> None:
+    def compare_versions(self, wanted: Mapping[RowKey, Sample], *, verifying: bool) -> None:
         """Do nothing: all rows are this process's own."""
 
     def check_space(self, num_rows: int, *, write: bool) -> None:
@@ -114,7 +114,7 @@ class CachedRows:
         self._extractor, self._cache = extractor, cache
         self.plain = cache.entry(extractor.spec)
         self.views = cache.entry(extractor.views_spec) if extractor.views_spec else None
-        self._env = environment(extractor.environment())
+        self._env = environment_record(extractor.environment())
         self._trusted: dict[str, set[str]] = {}  # entry key -> environments whose rows are used
         self._refused: dict[str, set[str]] = {}
         for entry in self._entries():
@@ -138,15 +138,15 @@ class CachedRows:
     def known(self) -> set[RowKey]:
         """Return the keys of the rows.
 
-        Rows of other library versions are among them until `judge` finds that they disagree.
+        Rows of other library versions are among them until `compare_versions` finds that they disagree.
         """
         found = set[RowKey]()
         for entry in self._entries():
-            rows = entry.rows().union(*(self._not_judged(entry).values()))
+            rows = entry.rows().union(*(self._not_compared(entry).values()))
             found |= {key for key in rows if (key[1] == PLAIN_VIEW) == (entry is self.plain)}
         return found
 
-    def _not_judged(self, entry: Entry) -> dict[str, set[RowKey]]:
+    def _not_compared(self, entry: Entry) -> dict[str, set[RowKey]]:
         """Return the rows of each environment that was not compared yet, as of the last look."""
         decided = self._trusted[entry.key] | self._refused[entry.key]
         found: dict[str, set[RowKey]] = {}
@@ -155,14 +155,14 @@ class CachedRows:
                 found.setdefault(shard.env, set()).update(shard.row_keys())
         return found
 
-    def judge(self, wanted: Mapping[RowKey, Sample], *, verifying: bool) -> None:
+    def compare_versions(self, wanted: Mapping[RowKey, Sample], *, verifying: bool) -> None:
         """Decide whether rows of other versions are used, where they are wanted; see other_versions.py.
 
         With --cache verify they are, since each is compared before.
         """
         for entry in self._entries():
             there = entry.rows()
-            for env, rows in sorted(self._not_judged(entry).items()):
+            for env, rows in sorted(self._not_compared(entry).items()):
                 if not (keys := (rows & wanted.keys()) - there):
                     continue
                 agrees = verifying

@@ -26,7 +26,7 @@ class Views:
 
     def key_facts(self) -> dict[str, Any]:
         """Return what makes the views what they are, for the cache key."""
-        return {"augment": self.policy.facts(), "view_seed": self.seed}
+        return {"augment": self.policy.key_facts(), "view_seed": self.seed}
 
 
 class ViewMaker:

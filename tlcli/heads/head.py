@@ -19,7 +19,7 @@ class Head(Protocol):
     def state(self) -> dict[str, Tensor]:
         """Return the tensors to save."""
 
-    def facts(self) -> dict[str, object]:
+    def document(self) -> dict[str, object]:
         """Return what is needed beside `state` to rebuild the head."""
 
 

@@ -45,7 +45,7 @@ class LinearHead:
         """Return the tensors to save."""
         return {"weight": self.weight, "bias": self.bias}
 
-    def facts(self) -> dict[str, object]:
+    def document(self) -> dict[str, object]:
         """Return what is needed beside `state` to rebuild the head; plain values."""
         return {"kind": "linear", "normalise": self.normalise}
 

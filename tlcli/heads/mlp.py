@@ -65,7 +65,7 @@ class MlpHead:
         state = {f"layers.{index}.weight": weight for index, weight in enumerate(self.weights)}
         return state | {f"layers.{index}.bias": bias for index, bias in enumerate(self.biases)}
 
-    def facts(self) -> dict[str, object]:
+    def document(self) -> dict[str, object]:
         """Return what is needed beside `state` to rebuild the head; plain values."""
         return {"kind": "mlp", "activation": self.activation, "num_layers": len(self.weights)}
 

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MESSAGE = "stopping after this step; once more stops at once"
 
-_asked: list[Callable[[], int | None]] = []  # of the block that is active in the main thread
+_active: list[Callable[[], int | None]] = []  # of the block that is active in the main thread
 
 
 @contextlib.contextmanager
@@ -32,8 +32,8 @@ def deferred() -> Iterator[Callable[[], int | None]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    if _asked:
-        yield _asked[0]
+    if _active:
+        yield _active[0]
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
     taken = [number for number in SIGNALS if before[number] not in (signal.SIG_IGN, None)]
@@ -52,17 +52,17 @@ def deferred() -> Iterator[Callable[[], int | None]]:
             handler(number, frame)  # the command line's own, which remembers which signal it was
         raise KeyboardInterrupt
 
-    def asked() -> int | None:
+    def stop_signal() -> int | None:
         return came[0] if came else None
 
-    _asked.append(asked)
+    _active.append(stop_signal)
     try:
         for number in taken:
             signal.signal(number, note)
-        yield asked
+        yield stop_signal
     finally:
         for number in taken:
             signal.signal(number, before[number])
-        _asked.clear()
+        _active.clear()
         for speaker in speakers:
             speaker.join()

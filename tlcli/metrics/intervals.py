@@ -15,7 +15,7 @@ class Interval:
     high: float
     method: str
 
-    def as_dict(self) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         """Return the interval for a JSON document."""
         return {"low": self.low, "high": self.high, "method": self.method}
 

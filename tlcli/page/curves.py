@@ -17,7 +17,7 @@ BEST_HEADS = 8
 
 def training_figures(lines: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (title, SVG) of the grid of heads, or of the epochs."""
-    head, tuned = run["head"], training_of(run) or {}
+    head, trained = run["head"], training_of(run) or {}
     heads = [line for line in lines if line.get("kind") == "head" and "l2" in line and "scaling" in line]
     epochs = [line for line in lines if "epoch" in line]
     found = []
@@ -31,7 +31,7 @@ def training_figures(lines: Sequence[Mapping[str, Any]], run: Mapping[str, Any])
                 mark=chosen_head(head),
             )
             found.append((f"Heads: cross-validation {title} by l2 and scaling", svg))
-    best, probe = tuned.get("best_epoch"), tuned.get("probe")
+    best, probe = trained.get("best_epoch"), trained.get("probe")
     for word, title, chosen in (
         ("accuracy", "accuracy", "val accuracy"),
         ("loss", "loss", "val log loss"),

@@ -1,4 +1,4 @@
-"""The page: one HTML file that refers to nothing outside itself."""
+"""The page itself: one HTML file that refers to nothing outside itself, by report.html.jinja."""
 
 from importlib import resources
 from pathlib import Path

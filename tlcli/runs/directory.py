@@ -319,15 +319,15 @@ class RunDirectory:
             files.remove_tree(self.path)
             os.replace(aside, self.path)
         except OSError:
-            self._tell_kept()
+            self._warn_of_kept_runs()
 
-    def _tell_kept(self) -> None:
+    def _warn_of_kept_runs(self) -> None:
         for kept in kept_runs(self.path):
             logger.warning("the run that was to be replaced is kept in %s", kept)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
-            self._tell(error)
+            self._note_end(error)
         elif self.writes and self.facts["status"] == "done":
             self._remove_kept()
 
@@ -342,7 +342,7 @@ class RunDirectory:
                 left = gone if os.path.lexists(gone) else kept
                 logger.warning("the replaced run in %s could not be removed: %s", left, error.strerror)
 
-    def _tell(self, error: BaseException) -> None:
+    def _note_end(self, error: BaseException) -> None:
         """Note in run.json how the block ended, and in the error how to go on."""
         if isinstance(error, Interrupted | KeyboardInterrupt):
             self.facts |= {"status": "interrupted"}
@@ -357,7 +357,7 @@ class RunDirectory:
         with contextlib.suppress(StorageError):  # of a full disk, which `error` tells of already
             self.write_json("run.json", self.facts)
         if self.writes:
-            self._tell_kept()
+            self._warn_of_kept_runs()
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Add facts to run.json and mark the run as done.

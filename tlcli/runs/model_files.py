@@ -39,7 +39,7 @@ def save_model(
         BackboneError: The stored network does not give the logits of the trained one.
     """
     if not directory.writes:
-        return {"facts": head.facts(), "file": None, "classifier": None}
+        return {"facts": head.document(), "file": None, "classifier": None}
     trained = copy.deepcopy(backbone.model).cpu().float().eval()
     place = None
     if backbone.is_timm:
@@ -68,7 +68,7 @@ def save_model(
     if place is None:
         _write_tensors(directory, "head.safetensors", head.state())
     directory.write_json("config.json", config)
-    return {"facts": head.facts(), "file": "head.safetensors" if place is None else "model.safetensors",
+    return {"facts": head.document(), "file": "head.safetensors" if place is None else "model.safetensors",
             "classifier": place}  # fmt: skip
 
 

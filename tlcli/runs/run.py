@@ -1,16 +1,4 @@
-"""The run directory: the only place where one is written, and read back.
-
-    config.yaml            every option, resolved: `tlcli finetune --config RUN/config.yaml` repeats the run
-    run.json               what the run is: status, versions, data, classes, backbone, head, metrics
-    metrics.jsonl          one line a head of the grid, or an epoch
-    checkpoints/           until the run is done: what --resume continues from (tlcli.checkpoints)
-    model.safetensors      with config.json the tuned network, in timm's format
-    head.safetensors       the head, where it is not the network's own linear classifier
-    evaluation-SPLIT.json  predictions-SPLIT.csv  bad_images.csv  README.md  report.html
-
-Files are written beside their name, synced and renamed (tlcli.run_writer). A directory can be moved. There is
-no pickle.
-"""
+"""A finished run, opened: its facts, network and head."""
 
 import contextlib
 import os

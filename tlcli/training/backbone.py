@@ -37,14 +37,14 @@ class TrainedBackbone:
     Attributes:
         head: Its head.
         logits: fp32 [N, C] of val's images; None without val.
-        trained: What happened.
+        result: What happened.
         probe: The head on frozen features it started from.
         probe_accuracy: That head's accuracy on val.
     """
 
     head: Head
     logits: Tensor | None
-    trained: Trained
+    result: Trained
     probe: FittedHead | None
     probe_accuracy: float | None
 
@@ -54,15 +54,15 @@ class TrainedBackbone:
         if self.probe is not None:
             probe = {"chosen": self.probe.chosen, "val_top1_accuracy": self.probe_accuracy}
         return {
-            "epochs": len(self.trained.history),
-            "steps": self.trained.steps,
-            "lr": self.trained.lr,
-            "best_epoch": self.trained.best_epoch,
+            "epochs": len(self.result.history),
+            "steps": self.result.steps,
+            "lr": self.result.lr,
+            "best_epoch": self.result.best_epoch,
             "probe": probe,
         }
 
 
-# ---- tuning ---------------------------------------------------------------------------------------------
+# ---- training -------------------------------------------------------------------------------------------
 
 
 def train_backbone(
@@ -76,7 +76,7 @@ def train_backbone(
     """Train the network of a plan, in place.
 
     Args:
-        plan: From `plan_tuning`, its features computed.
+        plan: From `plan_training`, its features computed.
         config: The run's configuration.
         train_part: Usable images of train.
         val_part: Usable images of val; may be empty.
@@ -88,13 +88,13 @@ def train_backbone(
     device, workers = extractor.device, config.num_workers
     freeze_parameters(extractor.cut)
     suffix = extractor.cut.suffix.to(device)
-    train_source = _inputs(plan, train_part, plan.num_views)
-    val_source = _inputs(plan, val_part, 1) if val_part.samples else None
+    train_inputs = _inputs(plan, train_part, plan.num_views)
+    val_inputs = _inputs(plan, val_part, 1) if val_part.samples else None
     probe, probe_accuracy = None, None
     if recipe.head_init == "probe":
         train_features, val_features = (
-            _pooled(plan, suffix, source, part, workers)
-            for source, part in ((train_source, train_part), (val_source, val_part))
+            _pooled(plan, suffix, inputs, part, workers)
+            for inputs, part in ((train_inputs, train_part), (val_inputs, val_part))
         )
         probe = _fit_probe(config, train_features, train_part, num_classes, progress)
         if val_part.samples:
@@ -112,12 +112,12 @@ def train_backbone(
         progress=progress, on_epoch=lambda history: writer.write_lines("metrics.jsonl", history),
         tracker=config.tracker, log_dir=writer.path,
     )  # fmt: skip
-    val = Samples(val_source, labels_of(val_part)) if val_source is not None else None
-    trained = train(network, recipe, Samples(train_source, labels_of(train_part)), val, setting)
+    val = Samples(val_inputs, labels_of(val_part)) if val_inputs is not None else None
+    trained = train(network, recipe, Samples(train_inputs, labels_of(train_part)), val, setting)
     logits = None
-    if val_source is not None:
+    if val_inputs is not None:
         network.to(device)
-        logits = network_logits(network, val_source, workers=workers)
+        logits = network_logits(network, val_inputs, workers=workers)
         network.to("cpu")
     return TrainedBackbone(network.trained_head(), logits, trained, probe, probe_accuracy)
 
@@ -137,16 +137,16 @@ def _inputs(plan: TrainingPlan, part: Collection, num_views: int | None) -> Inpu
 
 
 def _pooled(
-    plan: TrainingPlan, suffix: torch.nn.Module, source: Inputs | None, part: Collection, workers: int
+    plan: TrainingPlan, suffix: torch.nn.Module, inputs: Inputs | None, part: Collection, workers: int
 ) -> Tensor:
     """Return the frozen network's features of the plain views, fp32 [N, D]."""
-    if source is None:
+    if inputs is None:
         return torch.empty(0)
     if plan.scenario != "freeze" and plan.features is not None:
         return read_rows(plan.features, part).float()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.amp)
     with torch.autocast(plan.extractor.device.type, dtype, enabled=dtype is not None):
-        return network_logits(suffix, source, workers=workers)
+        return network_logits(suffix, inputs, workers=workers)
 
 
 def _fit_probe(

@@ -1,6 +1,6 @@
 """Where the training loop's inputs come from: rows of the cache, or images decoded and augmented as it goes.
 
-A source is asked for a few samples of an epoch and answers with what the network takes. The answer is a
+Inputs are asked for a few samples of an epoch and answer with what the network takes. The answer is a
 function of (samples, epoch) alone, whoever asks, in whichever thread and after whichever restart.
 """
 
@@ -207,7 +207,7 @@ class ImageInputs:
 
 @contextmanager
 def loading(
-    source: Inputs, batches: Sequence[Sequence[int]], epoch: int, *, workers: int
+    inputs: Inputs, batches: Sequence[Sequence[int]], epoch: int, *, workers: int
 ) -> Iterator[Iterator[Tensor]]:
     """Give the loaded batches of an epoch in order, prepared ahead by threads.
 
@@ -216,7 +216,7 @@ def loading(
     decoder stops them all, and both together take longer than one after the other.
 
     Args:
-        source: Where they come from.
+        inputs: Where they come from.
         batches: Positions of the samples of each batch.
         epoch: From 0, or PLAIN.
         workers: Threads.
@@ -228,7 +228,7 @@ def loading(
 
     def stream() -> Iterator[Tensor]:
         for batch in batches:
-            waiting.append(pool.submit(source.load, batch, epoch, turn.wait))
+            waiting.append(pool.submit(inputs.load, batch, epoch, turn.wait))
             if len(waiting) > 2 * workers:
                 yield _take()
         while waiting:

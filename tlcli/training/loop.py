@@ -34,11 +34,11 @@ class Samples:
     """What is trained or measured on.
 
     Attributes:
-        source: Gives the network's inputs.
+        inputs: Gives the network's inputs.
         labels: int64 [N] on the CPU.
     """
 
-    source: Inputs
+    inputs: Inputs
     labels: Tensor
 
 
@@ -93,20 +93,20 @@ def train(network: Network, recipe: Recipe, data: Samples, val: Samples | None, 
     )  # fmt: skip
 
 
-def network_logits(network: nn.Module, source: Inputs, *, workers: int) -> Tensor:
+def network_logits(network: nn.Module, inputs: Inputs, *, workers: int) -> Tensor:
     """Return what a network in eval mode gives for each sample's plain view, fp32 [N, C] on the CPU."""
     network.eval()
-    mine = list(range(processes.rank(), len(source), processes.world_size()))
+    mine = list(range(processes.rank(), len(inputs), processes.world_size()))
     batches = [mine[start : start + EVALUATION_BATCH] for start in range(0, len(mine), EVALUATION_BATCH)]
     parts = []
-    with torch.no_grad(), loading(source, batches, PLAIN, workers=workers) as stream:
-        parts = [network(channels_last(source.finish(loaded))).float().cpu() for loaded in stream]
+    with torch.no_grad(), loading(inputs, batches, PLAIN, workers=workers) as stream:
+        parts = [network(channels_last(inputs.finish(loaded))).float().cpu() for loaded in stream]
     found = torch.cat(parts) if parts else torch.empty(0)
     if processes.world_size() == 1:
         return found
     shares = processes.gather_objects(found)
     width = next(share.shape[1] for share in shares if len(share))
-    result = torch.empty(len(source), width)
+    result = torch.empty(len(inputs), width)
     for rank, share in enumerate(shares):
         result[rank :: processes.world_size()] = share
     return result
@@ -159,23 +159,22 @@ class _Loop:
     def _find_rate(self) -> float:
         batches = [batch for epoch in range(range_test.STEPS) for batch in self._batches(-1 - epoch)]
         return range_test.find_rate(
-            self.stepper, self.data.source, self.data.labels, batches[: range_test.STEPS],
+            self.stepper, self.data.inputs, self.data.labels, batches[: range_test.STEPS],
             workers=self.setting.workers,
         )  # fmt: skip
 
     def _train_epoch(self, stop_signal: Callable[[], int | None]) -> None:
-        recipe, source, counters, stepper = self.recipe, self.data.source, self.counters, self.stepper
+        recipe, inputs, counters, stepper = self.recipe, self.data.inputs, self.counters, self.stepper
         # The head comes from features under the pretrained statistics: those stay for its first epoch.
         stepper.start_epoch(
             train_norm=recipe.norm == "train" and (recipe.head_init != "probe" or counters.epoch > 0)
         )
         done = counters.step - counters.epoch * self.steps_per_epoch
         batches = self._batches(counters.epoch)[done:]
-        with loading(source, batches, counters.epoch, workers=self.setting.workers) as stream:
+        with loading(inputs, batches, counters.epoch, workers=self.setting.workers) as stream:
             for batch, loaded in zip(batches, stream, strict=True):
                 labels = self.data.labels[batch].to(stepper.device)
-                inputs = channels_last(source.finish(loaded))
-                stepper.step(inputs, labels, self.rate(), counters.step)
+                stepper.step(channels_last(inputs.finish(loaded)), labels, self.rate(), counters.step)
                 counters.step += 1
                 self.setting.progress.advance(self.batch_size)
                 if stepper.is_due():
@@ -258,7 +257,7 @@ class _Loop:
     def _measure(self, val: Samples) -> dict[str, float]:
         average = self.stepper.average
         with holding(self.network, average.values) if average else nullcontext():
-            logits = network_logits(self.network, val.source, workers=self.setting.workers)
+            logits = network_logits(self.network, val.inputs, workers=self.setting.workers)
         return {
             "val_log_loss": float(functional.cross_entropy(logits, val.labels)),
             "val_accuracy": float((logits.argmax(1) == val.labels).double().mean()),

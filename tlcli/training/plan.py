@@ -30,10 +30,12 @@ from tlcli.features.cache_decision import UNDECIDED, CachingDecision, decide, is
 from tlcli.features.cost_trial import CUT, RECOMPUTE
 from tlcli.features.extractor import Extractor
 from tlcli.features.plan import FeaturePlan, make_extractor, plan_features
+from tlcli.features.views import Views
 from tlcli.machine import processes
 from tlcli.machine.device import fast_bf16
 from tlcli.training.optimizer import check_optimizer
 from tlcli.training.recipe import Recipe, resolve
+from tlcli.training.setting import Amp
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class TrainingPlan:
     extractor: Extractor
     features: FeaturePlan | None
     caching: CachingDecision | None
-    amp: Any
+    amp: Amp
     num_units: int
     notes: tuple[str, ...]
 
@@ -78,14 +80,14 @@ class TrainingPlan:
         """Return whether training reads cached rows."""
         return self.scenario == "freeze" and self.features is not None
 
-    def facts(self) -> dict[str, str]:
+    def summary(self) -> dict[str, str]:
         """Return the plan for people."""
         frozen = self.extractor.cut.num_frozen_units
         views = "a new view every epoch" if self.num_views is None else f"{self.num_views} views of an image"
         result = {
             "trains": f"units {frozen + 1} to {self.num_units} of {self.num_units} and the head, "
             + ("in fp32" if self.amp == "none" else f"mixed precision {self.amp}"),
-            "recipe": self.recipe.facts(),
+            "recipe": self.recipe.summary(),
             "augmentation": "none",
             "BatchNorm": f"{self.recipe.norm} in trained units: {self.recipe.norm_reason}",
         }
@@ -99,7 +101,7 @@ class TrainingPlan:
         """Return the plan for machines."""
         return {
             "recipe": self.recipe.document(),
-            "augmentation": self.policy.facts(),
+            "augmentation": self.policy.key_facts(),
             "num_views": self.num_views,
             "caching": None if self.caching is None else self.caching.document(),
             "num_frozen_units": self.extractor.cut.num_frozen_units,
@@ -147,7 +149,8 @@ def plan_training(
         num_processes=processes.world_size(),
     )
     features, decision = None, None
-    extractor = make_extractor(backbone, config, policy=None if policy.is_none else policy)
+    made_views = None if policy.is_none else Views(policy, config.view_seed)
+    extractor = make_extractor(backbone, config, views=made_views)
     if scenario == "freeze":
         # The probe is one more pass over the images.
         passes = recipe.epochs + (recipe.head_init == "probe")
@@ -157,9 +160,7 @@ def plan_training(
         decision = processes.from_main(decision)
         if decision.node is not None:
             earlier = cut_earlier(extractor.cut, decision.node)
-            extractor = make_extractor(
-                backbone, config, cut=earlier, policy=None if policy.is_none else policy
-            )
+            extractor = make_extractor(backbone, config, cut=earlier, views=made_views)
         if decision.where == RECOMPUTE:
             num_views = 1 if policy.is_none else config.views
         else:
@@ -238,7 +239,7 @@ def _frozen_units(config: FinetuneConfig, num_units: int) -> tuple[int, tuple[st
     return frozen, ()
 
 
-def _amp(config: FinetuneConfig, device: torch.device) -> str:
+def _amp(config: FinetuneConfig, device: torch.device) -> Amp:
     if config.amp == "fp16" and device.type == "cpu":
         raise UsageError("--amp fp16 needs a GPU.", hint="Use --amp bf16, none or auto.")
     if config.amp != "auto":

@@ -86,7 +86,7 @@ class Recipe:
         """Return every value, for run.json."""
         return dataclasses.asdict(self)
 
-    def facts(self) -> str:
+    def summary(self) -> str:
         """Return the recipe in one line, for people."""
         rate = "learning rate by range test" if self.lr is None else f"learning rate {self.lr:.2g}"
         start = "from the linear probe" if self.head_init == "probe" else "from a random head"

@@ -10,6 +10,8 @@ import torch
 from tlcli.progress import Progress, Silent
 from tlcli.training.checkpoints import Checkpoints
 
+Amp = Literal["none", "bf16", "fp16"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -30,7 +32,7 @@ class Setting:
     """
 
     device: torch.device
-    amp: Literal["none", "bf16", "fp16"] = "none"
+    amp: Amp = "none"
     workers: int = 1
     unit_of: dict[str, int] = field(default_factory=dict)
     num_units: int = 0
