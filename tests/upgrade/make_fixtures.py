@@ -83,8 +83,8 @@ def main(target: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in folder.rglob("*"):
             if path.suffix in {".json", ".yaml", ".md", ".csv", ".jsonl"}:
-                text = path.read_text(encoding="utf-8")
-                path.write_text(text.replace(str(folder), ROOT_NAME), encoding="utf-8")
+                text = path.read_text(encoding="utf-8").replace(str(folder), ROOT_NAME)
+                path.write_text(text.replace(f"{Path(sys.executable).parent}/", ""), encoding="utf-8")
         shutil.copytree(folder, target)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     print(f"{target}: {size / 1e6:.2f} MB")
