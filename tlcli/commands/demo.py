@@ -15,6 +15,7 @@ import shutil
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -124,6 +125,10 @@ class SilentListener:
         """Ignore an outcome."""
 
 
+def _command_line(program: str, name: str, *words: str | Path) -> str:
+    return " ".join([program, name, *(shlex.quote(_operand(word)) for word in words)])
+
+
 def plan_demo(config: DemoConfig, *, program: str = "tlcli") -> DemoPlan:
     """Return the steps of the demo; nothing is written.
 
@@ -140,10 +145,7 @@ def plan_demo(config: DemoConfig, *, program: str = "tlcli") -> DemoPlan:
     images, run = Path(config.output) / "images", Path(config.output) / "run"
     hardware = ["--device", config.device] if config.device != "auto" else []
     hardware += ["--workers", str(config.workers)] if config.workers else []
-
-    def command(name: str, *words: str | Path) -> str:
-        return " ".join([program, name, *(shlex.quote(_operand(word)) for word in words)])
-
+    command = partial(_command_line, program)
     data: list[str | Path] = [images, "--backbone", BACKBONE, *hardware]
     shown = [images / "val" / name for name in SHOWN]
     steps = (

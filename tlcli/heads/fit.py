@@ -27,7 +27,7 @@ from tlcli.heads.conjugate_gradients import Problems
 from tlcli.heads.head import Head
 from tlcli.heads.linear import Basis, LinearHead, make_basis
 from tlcli.heads.logistic import side_by_side, solve
-from tlcli.heads.mlp import Grid, TrainingRows, train_mlps
+from tlcli.heads.mlp import Grid, TrainedStack, TrainingRows, train_mlps
 from tlcli.progress import Progress, Silent
 
 logger = logging.getLogger(__name__)
@@ -417,17 +417,22 @@ def _fit_mlp(task: Task, options: HeadOptions, progress: Progress) -> FittedHead
             strict=True,
         )
     ]
+    curve = _curve_of(trained, best, len(members), task.num_folds)
+    chosen = {**members[best], "epochs": epochs}
+    return FittedHead(final.heads[0], chosen, scores.summary(best), table, 0.0, curve)
+
+
+def _curve_of(trained: TrainedStack, member: int, num_members: int, num_folds: int) -> list[dict[str, float]]:
+    """Return the losses of one member by epoch, means over its folds, up to where the first fold stopped."""
     losses = [
-        curve.view(len(curve), len(members), task.num_folds)[:, best].mean(1).tolist()
+        curve.view(len(curve), num_members, num_folds)[:, member].mean(1).tolist()
         for curve in (trained.train_loss, trained.held_out_loss)
     ]
-    curve = [
+    return [
         {"epoch": epoch, "train_loss": train, "cv_loss": held_out}
         for epoch, (train, held_out) in enumerate(zip(*losses, strict=True), start=1)
         if train == train  # NaN from where the first fold has stopped: a mean of the others would jump
     ]
-    chosen = {**members[best], "epochs": epochs}
-    return FittedHead(final.heads[0], chosen, scores.summary(best), table, 0.0, curve)
 
 
 def _mlp_grid(members: list[dict[str, float]], folds: list[int], device: torch.device) -> Grid:
