@@ -54,7 +54,7 @@ def build(
     if short not in names():
         raise UsageError(f"torchvision has no image classifier {short!r}.", hint=_near(short))
     default = default_weights(short)
-    preprocess = preprocess_of(default)
+    preprocess = _preprocess(default)
     arguments: dict[str, Any] = {}
     if short.startswith("vit_"):
         arguments["image_size"] = image_size or preprocess.image_size[0]
@@ -70,7 +70,7 @@ def build(
     }
 
 
-def preprocess_of(default: Any) -> Preprocess:
+def _preprocess(default: Any) -> Preprocess:
     """Return the evaluation transform of torchvision weights."""
     transform = default.transforms()
     crop, resize = int(transform.crop_size[0]), int(transform.resize_size[0])

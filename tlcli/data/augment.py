@@ -224,7 +224,7 @@ class Augmenter:
         self.preprocess = preprocess
         self.plain = EvalTransform(preprocess)
         self._is_plain = policy.is_none  # asked for every image
-        self._space = TRIVIALAUGMENT if policy.trivial else RANDAUGMENT
+        self._ranges = TRIVIALAUGMENT if policy.trivial else RANDAUGMENT
 
     def __call__(self, image: torch.Tensor, sha256: str, view: int, view_seed: int) -> torch.Tensor:
         """Return one view of an image.
@@ -247,7 +247,7 @@ class Augmenter:
             result = result.flip(-1)
         result = self._recoloured(result.contiguous(), draws)
         for operation in operations:
-            result = color_ops.apply(result, operation, self._space)
+            result = color_ops.apply(result, operation, self._ranges)
         if draws.erase[0] < self.policy.erase:
             result = color_ops.erase(result.clone(), draws.erase[1:], noise)
         return result.contiguous()
@@ -272,7 +272,7 @@ class Augmenter:
         matrix[:2, :2] = color_ops.rotation(_spread(draws.rotate, policy.rotate))
         matrix[:2, 1] += matrix[:2, 0] * math.tan(math.radians(_spread(draws.shear, policy.shear)))
         for operation in operations:
-            moved = color_ops.geometry(operation, self._space, size)
+            moved = color_ops.geometry(operation, self._ranges, size)
             matrix = matrix if moved is None else matrix @ moved
         still = bool((matrix == np.eye(3)).all()) and not policy.warp
         if still and policy.crop_scale == 1:

@@ -33,7 +33,7 @@ OPERATIONS = (
 MAX_MAGNITUDE = 30
 
 
-class Space(NamedTuple):
+class Ranges(NamedTuple):
     """How strong the operations are at the largest magnitude; they are nothing at magnitude 0.
 
     Attributes:
@@ -51,8 +51,8 @@ class Space(NamedTuple):
     posterize: int
 
 
-RANDAUGMENT = Space(shear=0.3, translate=150 / 331, rotate=30.0, blend=0.9, posterize=4)
-TRIVIALAUGMENT = Space(shear=0.99, translate=32 / 224, rotate=135.0, blend=0.99, posterize=6)
+RANDAUGMENT = Ranges(shear=0.3, translate=150 / 331, rotate=30.0, blend=0.9, posterize=4)
+TRIVIALAUGMENT = Ranges(shear=0.99, translate=32 / 224, rotate=135.0, blend=0.99, posterize=6)
 
 
 class Operation(NamedTuple):
@@ -67,21 +67,21 @@ class Operation(NamedTuple):
     strength: float
 
 
-def geometry(operation: Operation, space: Space, size: tuple[int, int]) -> Any:
+def geometry(operation: Operation, ranges: Ranges, size: tuple[int, int]) -> Any:
     """Return float64 [3, 3]: the operation on positions (x, y, 1) in pixels from the centre; or None."""
     name, strength = operation
     height, width = size
     matrix = np.eye(3)
     if name == "ShearX":
-        matrix[0, 1] = strength * space.shear
+        matrix[0, 1] = strength * ranges.shear
     elif name == "ShearY":
-        matrix[1, 0] = strength * space.shear
+        matrix[1, 0] = strength * ranges.shear
     elif name == "TranslateX":
-        matrix[0, 2] = strength * space.translate * width
+        matrix[0, 2] = strength * ranges.translate * width
     elif name == "TranslateY":
-        matrix[1, 2] = strength * space.translate * height
+        matrix[1, 2] = strength * ranges.translate * height
     elif name == "Rotate":
-        matrix[:2, :2] = rotation(strength * space.rotate)
+        matrix[:2, :2] = rotation(strength * ranges.rotate)
     else:
         return None
     return matrix
@@ -93,19 +93,19 @@ def rotation(degrees: float) -> Any:
     return np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
 
 
-def apply(image: torch.Tensor, operation: Operation, space: Space) -> torch.Tensor:
+def apply(image: torch.Tensor, operation: Operation, ranges: Ranges) -> torch.Tensor:
     """Return the image after an operation that is not geometric.
 
     Args:
         image: uint8 [3, h, w].
         operation: What to do, and how much.
-        space: How strong it is at most.
+        ranges: How strong it is at most.
 
     Returns:
         uint8 [3, h, w].
     """
     name, strength = operation
-    factor = 1 + strength * space.blend
+    factor = 1 + strength * ranges.blend
     if name == "Brightness":
         return brightness(image, factor)
     if name == "Color":
@@ -115,7 +115,7 @@ def apply(image: torch.Tensor, operation: Operation, space: Space) -> torch.Tens
     if name == "Sharpness":
         return _tensor(operations.adjust_sharpness(image, factor))
     if name == "Posterize":
-        return _tensor(operations.posterize(image, 8 - round(abs(strength) * space.posterize)))
+        return _tensor(operations.posterize(image, 8 - round(abs(strength) * ranges.posterize)))
     if name == "Solarize":
         return _solarize(image, 255 * (1 - abs(strength)))
     if name == "AutoContrast":

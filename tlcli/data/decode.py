@@ -39,7 +39,7 @@ from tlcli.data.image_files import (
     orientation_of,
     sniff,
 )
-from tlcli.data.jpeg import HAS_OPERATOR, decode_plain, facts_of, is_plain, read_header
+from tlcli.data.jpeg import HAS_OPERATOR, decode_plain, image_facts, is_plain, read_header
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -108,7 +108,7 @@ def inspect(data: bytes) -> ImageFacts:
     """
     name = sniff(data)
     if name == "JPEG":
-        return facts_of(read_header(data))
+        return image_facts(read_header(data))
     image = _open(name, data)
     try:  # not n_frames: counting those of a long file can take minutes
         animated = bool(getattr(image, "is_animated", False))

@@ -114,7 +114,7 @@ def is_plain(header: JpegHeader) -> bool:
     return HAS_OPERATOR and usual and header.marker in _PLAIN_MARKERS
 
 
-def facts_of(header: JpegHeader) -> ImageFacts:
+def image_facts(header: JpegHeader) -> ImageFacts:
     """Return what the header of a JPEG says."""
     from PIL.Image import Exif
 

@@ -126,7 +126,7 @@ def bracket(
     return step
 
 
-class Batch:
+class Solver:
     """The state of P problems (S bases x H) being solved together; those of a basis stand side by side.
 
     Two classes need only one logit v, with logits (v, -v) / sqrt(2): K = 1 row of parameters a problem, and

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tlcli.heads.conjugate_gradients import SMALL_ELEMENTS, Batch, Problems, Space
+from tlcli.heads.conjugate_gradients import SMALL_ELEMENTS, Problems, Solver, Space
 from tlcli.heads.linear import Basis
 
 logger = logging.getLogger(__name__)
@@ -119,17 +119,17 @@ def _solve_path(spaces: list["Space"], problems: Problems, tolerance: float) -> 
         for chunk in [level[first : first + size] for first in range(0, len(level), size)]:
             part = dataclasses.replace(problems, l2=problems.l2[chunk], folds=problems.folds[chunk])
             knots = _knots(problems, solved, chunk)
-            batch = Batch(spaces, part, goal)
+            solver = Solver(spaces, part, goal)
             if number:
-                batch.weights = _interpolate(weights, knots)
-                batch.logits = batch.logits if logits is None else _interpolate(logits, knots)
-            batch.run(recompute=logits is None)
+                solver.weights = _interpolate(weights, knots)
+                solver.logits = solver.logits if logits is None else _interpolate(logits, knots)
+            solver.run(recompute=logits is None)
             shape = (len(spaces), len(chunk))
-            iterations[:, chunk] = batch.iterations.view(shape)
-            gradient[:, chunk] = batch.reached.view(shape)
-            weights[:, chunk] = batch.solution.view(*shape, rows, rank)
+            iterations[:, chunk] = solver.iterations.view(shape)
+            gradient[:, chunk] = solver.reached.view(shape)
+            weights[:, chunk] = solver.solution.view(*shape, rows, rank)
             if logits is not None:
-                logits[:, chunk] = batch.outputs.view(*shape, rows, num_rows)
+                logits[:, chunk] = solver.outputs.view(*shape, rows, num_rows)
         solved = torch.cat([solved, level])
     if num_classes == 2:
         weights = torch.cat([weights, -weights], 2) * math.sqrt(0.5)
