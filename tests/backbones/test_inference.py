@@ -182,3 +182,62 @@ def test_layers_are_listed_in_the_order_they_run():
             return self.last(self.first(x).mean((2, 3)))
 
     assert inference.layers_in_order(Backwards().eval(), images(8)) == ["first", "last"]
+
+
+# ---- networks that mix number types themselves -----------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """Attention with a mask in fp32: a product of two number types where its layers alone are in bf16."""
+
+    def __init__(self, *, autocast=True):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3 if index == 0 else 8, 8, 3, padding=1) for index in range(5))
+        self.autocast = autocast
+        self.register_buffer("mask", torch.randn(2, 2, 8, 8, 1))  # rank 5, as masks of shifted windows
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        if not self.autocast and (x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")):
+            raise TypeError("no kernel for this number type")
+        return x.mean((2, 3)) @ self.weight
+
+
+@pytest.mark.parametrize(("autocast", "dtype"), [(True, "bf16"), (False, "fp32")])
+def test_what_bf16_layers_cannot_do_runs_under_autocast_or_in_fp32(autocast, dtype):
+    torch.manual_seed(0)
+    model = Masked(autocast=autocast).eval().requires_grad_(False)
+    before = state_sha256(model)
+    fast = inference.prepare(model, (32, 32), torch.bfloat16, CPU)
+    assert fast.facts["dtype"] == dtype
+    assert fast.facts.get("autocast", False) == autocast
+    assert ("autocast" if autocast else "does not run") in fast.reason
+    assert inference.median_cosine(inference.run(fast.module, images(32)), model(images(32))) > 0.99
+    assert state_sha256(model) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "arguments"),
+    [
+        ("swin_tiny_patch4_window7_224", 64, {"img_size": 64, "window_size": 2, "depths": (1, 1, 2, 1)}),
+        ("levit_128s", 224, {}),
+        ("cait_xxs24_224", 32, {"img_size": 32, "depth": 2}),
+        ("sequencer2d_s", 224, {"layers": (1, 1, 1, 1)}),
+    ],
+)
+def test_families_of_timm_that_mix_number_types(name, size, arguments):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=0, **arguments).eval().requires_grad_(False)
+    fast = inference.prepare(model, (size, size), torch.bfloat16, CPU)
+    assert fast.facts["dtype"] in {"bf16", "fp32"}
+    rows = inference.run(fast.module, images(size)[:1])
+    with torch.no_grad():
+        assert inference.median_cosine(rows, model(images(size)[:1])) > 0.99
+
+
+def test_memory_format_is_set_tensor_by_tensor():
+    module = inference.to_channels_last(Masked())
+    assert module.layers[1].weight.is_contiguous(memory_format=torch.channels_last)
+    assert module.mask.is_contiguous()

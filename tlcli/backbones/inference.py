@@ -15,12 +15,17 @@ and 0.9997, enlarged thumbnails 0.983 and 0.9992, close-ups of steel 0.989 and 0
 
 import copy
 import itertools
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from tlcli.machine.memory import is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1  # part of the cache key: raise it when rows computed by this module change
 FEW_LAYERS = 3  # more costs speed: the first layers have the largest maps
@@ -59,9 +64,7 @@ def prepare(
         device: Where it will run.
     """
     images = synthetic_images(image_size).to(device, memory_format=torch.channels_last)
-    exact = (
-        copy.deepcopy(prefix).eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
-    )
+    exact = to_channels_last(copy.deepcopy(prefix).eval().requires_grad_(False).to(device))
     expected = run(exact, images)
     folded, count = fold_batch_norms(exact)
     finite = bool(expected.isfinite().all())  # where it is not, rows are refused when they are published
@@ -81,6 +84,28 @@ def prepare(
     order = layers_in_order(folded, images[:1])
     if len(order) <= FEW_LAYERS:
         return FastPrefix(folded, facts, f"fp32, because the prefix has only {len(order)} layers")
+    reasons = []
+    for attempt in (_reduced_layers, _under_autocast):
+        try:
+            found, more, reason = attempt(folded, order, images, expected)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            if is_out_of_memory(error):
+                raise
+            # Products of a bf16 layer's output and an fp32 mask, bias or scale; recurrent layers; kernels
+            # that have no bf16. Each has its own exception.
+            logger.debug("%s does not run in this backbone: %s", attempt.__name__, error)
+            reasons.append("bf16 does not run in this backbone")
+            continue
+        if found is not None:
+            return FastPrefix(found, facts | more, reason)
+        reasons.append(reason)
+    return FastPrefix(folded, facts, f"fp32, because {reasons[-1]}")
+
+
+def _reduced_layers(
+    folded: nn.Module, order: list[str], images: Tensor, expected: Tensor
+) -> tuple[nn.Module | None, dict[str, Any], str]:
+    """Return the prefix with most layers in bf16, the facts of it and the reason; None where it strays."""
     cosine = 0.0
     for num_fp32 in (FEW_LAYERS, max(FEW_LAYERS, round(CAREFUL_SHARE * len(order)))):
         reduced = _to_bf16(folded, set(order[num_fp32:]))
@@ -88,14 +113,51 @@ def prepare(
         if cosine >= GOOD_COSINE:
             break
     if cosine < MIN_COSINE:
-        return FastPrefix(
-            folded, facts, f"fp32, because bf16 strays too far in this backbone (cosine {cosine:.3f})"
-        )
-    facts |= {"dtype": "bf16", "fp32_layers": num_fp32, "rounding": "error-diffusion"}
+        return None, {}, f"bf16 strays too far in this backbone (cosine {cosine:.3f})"
     reason = (
         f"bf16 but for {num_fp32} of {len(order)} layers (cosine to fp32 {cosine:.4f} on synthetic images)"
     )
-    return FastPrefix(reduced, facts, reason)
+    return reduced, {"dtype": "bf16", "fp32_layers": num_fp32, "rounding": "error-diffusion"}, reason
+
+
+def _under_autocast(
+    folded: nn.Module, _order: list[str], images: Tensor, expected: Tensor
+) -> tuple[nn.Module | None, dict[str, Any], str]:
+    """Return the prefix under torch's autocast to bf16, likewise."""
+    wrapped = Autocast(folded)
+    cosine = median_cosine(run(wrapped, images), expected)
+    if cosine < MIN_COSINE:
+        return None, {}, f"bf16 strays too far in this backbone (cosine {cosine:.3f})"
+    return (
+        wrapped,
+        {"dtype": "bf16", "autocast": True},
+        f"bf16 by autocast (cosine to fp32 {cosine:.4f} on synthetic images)",
+    )
+
+
+class Autocast(nn.Module):
+    """A module that runs under torch's autocast to bf16, for networks that mix number types themselves."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the module's rows; [B, 3, H, W] float32 -> [B, ...]."""
+        with torch.autocast(images.device.type, torch.bfloat16):
+            rows: Tensor = self.module(images)
+        return rows
+
+
+def to_channels_last(module: nn.Module) -> nn.Module:
+    """Put the module's tensors of rank 4 into channels-last memory, and return it.
+
+    `Module.to(memory_format=...)` fails at a tensor of rank 5, such as the masks of shifted windows.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return module
 
 
 def synthetic_images(image_size: tuple[int, int]) -> Tensor:
