@@ -8,6 +8,7 @@ import struct
 import tarfile
 import zipfile
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -249,3 +250,35 @@ def test_half_precision_becomes_float32(tmp_path):
     load_weights(target, tmp_path / "x.safetensors", NAME)
     assert {parameter.dtype for parameter in target.parameters()} == {torch.float32}
     assert torch.allclose(target.conv_stem.weight, network(1).conv_stem.weight, atol=1e-3)
+
+
+# ---- what training loops store beside the tensors ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [*np.typecodes["AllInteger"], *np.typecodes["Float"], "?"])
+def test_a_number_of_numpy_is_plain_data(tmp_path, code):
+    path, number = tmp_path / "weights.pth", np.dtype(code).type(1)
+    torch.save({"state_dict": {"weight": torch.ones(2)}, "best_accuracy": number}, path)
+    assert set(read_state_dict(path)) == {"weight"}
+
+
+def test_a_number_as_numpy_1_names_it(tmp_path):
+    # A protocol-2 pickle names numpy's function by text, so that the name of numpy 1 can be put in its place.
+    torch.save({"weight": torch.ones(2), "best": np.float64(1)}, tmp_path / "new.pth")
+    with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
+        for record in new.infolist():
+            old.writestr(record.filename, new.read(record).replace(b"numpy._core.", b"numpy.core."))
+    assert set(read_state_dict(tmp_path / "old.pth")) == {"weight"}
+
+
+def test_objects_inside_numpy_numbers_are_refused(tmp_path):
+    hidden = np.array([print], dtype=object)
+    torch.save({"weight": torch.ones(2), "best": hidden}, tmp_path / "weights.pth")
+    with pytest.raises(BackboneError, match="could run code"):
+        read_state_dict(tmp_path / "weights.pth")
+
+
+def test_a_program_of_torchscript_is_named_as_one(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "program.pt")
+    with pytest.raises(BackboneError, match="TorchScript program"):
+        read_state_dict(tmp_path / "program.pt")

@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -61,6 +62,7 @@ SEEN: dict[str, Callable[[], bool]] = {
     "torch.nn.Module._buffers": lambda: "running_mean" in nn.BatchNorm1d(2)._buffers,
     "torch.nn.Module._non_persistent_buffers_set": lambda: nn.Module()._non_persistent_buffers_set == set(),
     "timm.optim.lookahead.Lookahead._base_optimizer": wraps_an_optimizer,
+    "numpy: _core": lambda: "_core" in np.float64(0).__reduce__()[0].__module__,
     "accelerate: _is_accelerate_prepared": marks_what_it_prepares,
 }
 

@@ -190,15 +190,15 @@ def _check_zip(path: Path) -> None:
             f"Weights {str(path)!r} are a damaged zip: {error}.",
             hint=DAMAGED,
         ) from error
-    if what := _odd_record(records, size):
-        raise BackboneError(
-            f"Weights {str(path)!r} were not written by torch.save: {what}; the file has {size:,} bytes.",
-            hint="PyTorch stores its records uncompressed, one after another; get the original file.",
-        )
     if any("/code/" in record.filename for record in records):
         raise BackboneError(
             f"Weights {str(path)!r} are a TorchScript program, not a state dict.",
             hint="Save torch.jit.load(FILE).state_dict() where you trust the file, and use that.",
+        )
+    if what := _odd_record(records, size):
+        raise BackboneError(
+            f"Weights {str(path)!r} were not written by torch.save: {what}; the file has {size:,} bytes.",
+            hint="PyTorch stores its records uncompressed, one after another; get the original file.",
         )
 
 
@@ -220,8 +220,7 @@ def _odd_record(records: list[zipfile.ZipInfo], size: int) -> str | None:
 def _torch_load(path: Path) -> Any:
     """Load a pickle of tensors; anything more than plain data is refused by torch's restricted unpickler."""
     try:
-        # timm's own training checkpoints carry their arguments as a Namespace, which is plain data.
-        plain = torch.serialization.safe_globals([argparse.Namespace])
+        plain = torch.serialization.safe_globals(_plain_data())
         with plain, warnings.catch_warnings(action="ignore"):  # they are addressed to programmers
             return torch.load(path, map_location=_stored(path), weights_only=True)
     except BackboneError:
@@ -239,6 +238,21 @@ def _torch_load(path: Path) -> Any:
             f"Weights {str(path)!r} are no safetensors or torch.save file, or are damaged: {reason}",
             hint="Expected a .safetensors, .pth or .pt file with a state dict.",
         ) from error
+
+
+def _plain_data() -> list[Any]:
+    """Return what a checkpoint may name beside tensors, as `safe_globals` takes it.
+
+    timm's own training checkpoints carry their arguments as a Namespace, and training loops keep their best
+    accuracy as a numpy number. Both are plain data: building them runs nothing of the file.
+    """
+    import numpy as np
+
+    # numpy's own function, under the names that numpy 2 and numpy 1 give it in a pickle.
+    build = np.float64().__reduce__()[0]  # numpy._core.multiarray.scalar
+    names = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
+    kinds = {type(np.dtype(code)) for code in (*np.typecodes["AllInteger"], *np.typecodes["Float"], "?")}
+    return [argparse.Namespace, np.dtype, *kinds, *((build, name) for name in names)]
 
 
 def _stored(path: Path) -> Callable[[Any, str], Any]:

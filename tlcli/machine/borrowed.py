@@ -1,4 +1,4 @@
-"""Private names of torch, timm and accelerate that tlcli uses, and why there is no public one.
+"""Private names of torch, timm, accelerate and numpy that tlcli uses, and why there is no public one.
 
 A test checks that each is still there, and that no other is used: a new release that takes one away fails
 there first, by name.
@@ -19,6 +19,7 @@ BORROWED: dict[str, str] = {
     "timm.optim.lookahead.Lookahead._base_optimizer": "the name of the optimiser that Lookahead wraps",
     "accelerate.state.AcceleratorState._reset_state": "several trainings in one process, with other types",
     "accelerate.state.PartialState._reset_state": "likewise",
+    "numpy: _core": "in how a pickle names numpy's numbers since numpy 2",
     "accelerate: _is_accelerate_prepared": "its mark on a network, which would train without AMP again",
 }
 """Name -> why. What is not an attribute of a module is `library: name`."""
