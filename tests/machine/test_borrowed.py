@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from timm.optim import create_optimizer_v2
 from torch import fx, nn
 
@@ -49,6 +50,7 @@ def wraps_an_optimizer() -> bool:
 
 
 def marks_what_it_prepares() -> bool:
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test's training may have left one
     network = nn.Linear(2, 2)
     Accelerator(cpu=True, mixed_precision="bf16").prepare(network)
     return hasattr(network, "_is_accelerate_prepared")
