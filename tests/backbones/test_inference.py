@@ -7,6 +7,7 @@ from torch import nn
 
 from tlcli.backbones import inference
 from tlcli.backbones.backbone import state_sha256
+from tlcli.backbones.memory_format import to_channels_last
 
 CPU = torch.device("cpu")
 
@@ -237,7 +238,37 @@ def test_families_of_timm_that_mix_number_types(name, size, arguments):
         assert inference.median_cosine(rows, model(images(size)[:1])) > 0.99
 
 
+class ViewsMaps(nn.Module):
+    """Views its maps as tokens, which channels-last memory does not allow."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.layers = nn.Sequential(*(nn.Linear(120, 120) for _ in range(3)))
+
+    def forward(self, x):
+        return self.layers(self.first(x).view(len(x), 60, 120)).mean(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_network_that_views_its_maps_runs_in_contiguous_memory(dtype):
+    torch.manual_seed(0)
+    model = ViewsMaps().eval().requires_grad_(False)
+    fast = inference.prepare(model, (32, 32), dtype, CPU)
+    assert not fast.channels_last
+    assert fast.facts["memory_format"] == "contiguous"
+    rows = inference.run(fast.module, images(32))
+    assert inference.median_cosine(rows, model(images(32))) > 0.99
+
+
+def test_what_a_network_keeps_of_a_forward_pass_can_be_trained_with():
+    """ConViT keeps a table that its first pass makes."""
+    model = timm.create_model("convit_tiny", num_classes=0, img_size=32, depth=2).eval()
+    inference.run(model, images(32))
+    model.train()(images(32)).sum().backward()
+
+
 def test_memory_format_is_set_tensor_by_tensor():
-    module = inference.to_channels_last(Masked())
+    module = to_channels_last(Masked())
     assert module.layers[1].weight.is_contiguous(memory_format=torch.channels_last)
     assert module.mask.is_contiguous()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny
+from tlcli.backbones.compute import Compute
 from tlcli.backbones.cut import cut_earlier
 from tlcli.backbones.zoo import load_backbone
 from tlcli.cache.store import Store
@@ -223,7 +224,7 @@ def test_a_place_that_cannot_be_cut_is_not_chosen(folder, collection, monkeypatc
 def test_a_place_that_is_chosen_can_be_cut(folder, collection):
     """Where rows at the cut are larger than the images, the images are a place."""
     extractor = made(folder, backbone="mobilenetv2_035", freeze="1")
-    places = measure_costs(Trial(extractor, None), collection, [range(1)] * 200, 2).places
+    places = measure_costs(Trial(extractor, Compute()), collection, [range(1)] * 200, 2).places
     assert [item.where for item in places] == [CUT, "input"]
     assert places[1].row_bytes == 2 * 3 * 32 * 32 < places[0].row_bytes
     cut = cut_earlier(extractor.cut, "input")

@@ -9,6 +9,7 @@ import timm
 import torch
 import yaml
 
+from tlcli.backbones.timm_zoo import varied
 from tlcli.backbones.zoo import load_backbone, load_stored
 from tlcli.config.backbone import BackboneOptions
 from tlcli.config.commands import FinetuneConfig
@@ -18,7 +19,7 @@ from tlcli.heads.mlp import MlpHead
 from tlcli.runs import model_files
 from tlcli.runs.card import model_card
 from tlcli.runs.directory import RunDirectory
-from tlcli.runs.model_files import _fill, save_model
+from tlcli.runs.model_files import _fill, check_saving, save_model
 from tlcli.runs.run import open_run
 
 FILES = {"config.yaml", "run.json", "metrics.jsonl", "model.safetensors", "config.json", "README.md",
@@ -149,6 +150,47 @@ def made_mlp(width):
     head = fit_head(rows, torch.arange(30) % 3, 3, config).head
     assert isinstance(head, MlpHead)
     return head
+
+
+LATE_NORMS = {  # whose classifier has a batch norm before it
+    "shvit_s1": {"image_size": 64},
+    "efficientvit_m0": {"image_size": 64},
+}
+
+
+@pytest.mark.parametrize("name", LATE_NORMS)
+def test_a_norm_before_the_classifier_does_not_keep_a_trained_network_from_being_saved(tmp_path, name):
+    backbone = load_backbone(BackboneOptions(backbone=name, random_init=True, **LATE_NORMS[name]))
+    check_saving(backbone, 3, linear=True)
+    backbone.model = varied(backbone.model).eval()  # as training leaves it
+    head = head_of(backbone)
+    assert write(tmp_path / "run", backbone, head)["classifier"]
+    images = torch.randn(2, 3, *backbone.preprocess.image_size)
+    expected = head.logits(backbone.model(images).detach())
+    in_timm = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
+    torch.testing.assert_close(in_timm(images), expected, rtol=1e-4, atol=1e-4)
+    again = open_run(str(tmp_path / "run"))
+    features = again.backbone().model(images).detach()
+    torch.testing.assert_close(again.head().logits(features), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("name", ["test_resnet", "torchvision/squeezenet1_1", "classic/lenet5"])
+def test_the_check_before_training_passes_and_leaves_the_network_as_it_was(name, linear):
+    backbone = small(name)
+    before = {key: value.clone() for key, value in backbone.model.state_dict().items()}
+    check_saving(backbone, 3, linear=linear)
+    assert all(torch.equal(value, before[key]) for key, value in backbone.model.state_dict().items())
+    assert not any(module.training for module in backbone.model.modules())
+
+
+def test_a_network_that_cannot_be_saved_is_refused_before_training():
+    backbone = small()
+    backbone.model.more = torch.nn.BatchNorm1d(3)  # a tensor that a fresh network does not have
+    with pytest.raises(BackboneError, match="could not be saved") as caught:
+        check_saving(backbone, 3, linear=True)
+    assert "more.weight" in caught.value.message
+    assert "tlcli extract" in caught.value.hint
 
 
 def test_a_network_that_is_not_the_trained_one_is_not_published(tmp_path, monkeypatch):

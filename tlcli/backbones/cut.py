@@ -186,7 +186,7 @@ def cut_at(model: nn.Module, num_frozen_units: int, image_size: tuple[int, int])
         raise UsageError(f"The backbone has {len(parts)} units; {num_frozen_units} cannot be frozen.")
     images = _images(image_size)
     if num_frozen_units == len(parts):
-        with _as_it_was(model), torch.inference_mode():
+        with _as_it_was(model), torch.no_grad():
             row_shape = tuple(model(images[:1]).shape[1:])
         return Cut(model, nn.Identity(), "all", num_frozen_units, row_shape)
     if num_frozen_units == 0:

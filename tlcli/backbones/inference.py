@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from tlcli.backbones.memory_format import in_memory_format, to_channels_last
 from tlcli.machine.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,13 @@ class FastPrefix:
 
     Attributes:
         module: Takes normalised float32 images [B, 3, H, W] and gives rows in float32 or bf16.
+        channels_last: The memory format of these images; contiguous otherwise.
         facts: How it computes, for the cache key.
         reason: The same for people.
     """
 
     module: nn.Module
+    channels_last: bool
     facts: dict[str, Any]
     reason: str
 
@@ -66,8 +69,7 @@ def prepare(
         dtype: torch.float32 or torch.bfloat16.
         device: Where it will run.
     """
-    images = synthetic_images(image_size).to(device, memory_format=torch.channels_last)
-    exact = to_channels_last(copy.deepcopy(prefix).eval().requires_grad_(False).to(device))
+    exact, images, channels_last = _placed(prefix, synthetic_images(image_size).to(device), device)
     expected = run(exact, images)
     folded, count = fold_batch_norms(exact)
     finite = bool(expected.isfinite().all())  # where it is not, rows are refused when they are published
@@ -80,13 +82,15 @@ def prepare(
         "version": VERSION,
         "dtype": "fp32",
         "folded_batch_norms": count,
-        "memory_format": "channels_last",
+        "memory_format": "channels_last" if channels_last else "contiguous",
     }
     if dtype == torch.float32:
-        return FastPrefix(folded, facts, "fp32")
+        return FastPrefix(folded, channels_last, facts, "fp32")
     order = layers_in_order(folded, images[:1])
     if len(order) <= FEW_LAYERS:
-        return FastPrefix(folded, facts, f"fp32, because the prefix has only {len(order)} layers")
+        return FastPrefix(
+            folded, channels_last, facts, f"fp32, because the prefix has only {len(order)} layers"
+        )
     reasons = []
     for attempt in (_reduced_layers, _under_autocast):
         try:
@@ -100,9 +104,26 @@ def prepare(
             reasons.append("bf16 does not run in this backbone")
             continue
         if found is not None:
-            return FastPrefix(found, facts | more, reason)
+            return FastPrefix(found, channels_last, facts | more, reason)
         reasons.append(reason)
-    return FastPrefix(folded, facts, f"fp32, because {reasons[-1]}")
+    return FastPrefix(folded, channels_last, facts, f"fp32, because {reasons[-1]}")
+
+
+def _placed(prefix: nn.Module, images: Tensor, device: torch.device) -> tuple[nn.Module, Tensor, bool]:
+    """Return a copy of the prefix on its device, the images, and whether both are in channels-last memory."""
+    copied = to_channels_last(_copy(prefix, device))
+    try:
+        run(copied, in_memory_format(images[:1], True))
+    except (RuntimeError, ValueError) as error:  # a view that this memory format does not allow
+        if is_out_of_memory(error):
+            raise
+        logger.debug("channels-last memory does not suit this backbone: %s", error)
+        return _copy(prefix, device), images, False
+    return copied, in_memory_format(images, True), True
+
+
+def _copy(prefix: nn.Module, device: torch.device) -> nn.Module:
+    return copy.deepcopy(prefix).eval().requires_grad_(False).to(device)
 
 
 def _reduced_layers(
@@ -152,17 +173,6 @@ class Autocast(nn.Module):
         return rows
 
 
-def to_channels_last(module: nn.Module) -> nn.Module:
-    """Put the module's tensors of rank 4 into channels-last memory, and return it.
-
-    `Module.to(memory_format=...)` fails at a tensor of rank 5, such as the masks of shifted windows.
-    """
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.dim() == 4:
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
-    return module
-
-
 def synthetic_images(image_size: tuple[int, int]) -> Tensor:
     """Return float32 [PROBE_IMAGES, 3, H, W] of smooth noise in [-2, 2], always the same."""
     generator = torch.Generator().manual_seed(0)
@@ -176,8 +186,11 @@ def synthetic_images(image_size: tuple[int, int]) -> Tensor:
 
 
 def run(module: nn.Module, images: Tensor) -> Tensor:
-    """Return the rows of a batch, float32."""
-    with torch.inference_mode():
+    """Return the rows of a batch, float32.
+
+    Without `inference_mode`: some networks keep tensors of the forward pass, which training uses again.
+    """
+    with torch.no_grad():
         rows: Tensor = module(images)
         return rows.float()
 
@@ -252,10 +265,10 @@ def _to_bf16(module: nn.Module, names: set[str]) -> nn.Module:
     module = copy.deepcopy(module)
     for name, layer in module.named_modules():
         if name in names:
+            channels_last = layer.weight.is_contiguous(memory_format=torch.channels_last)
             rounded = diffuse_to_bf16(layer.weight)
             layer.to(torch.bfloat16)
-            four = rounded.dim() == 4
-            layer.weight.data = rounded.contiguous(memory_format=torch.channels_last) if four else rounded
+            layer.weight.data = in_memory_format(rounded, channels_last)
         if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.register_forward_pre_hook(_cast_input)
     return module

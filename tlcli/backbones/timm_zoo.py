@@ -1,5 +1,6 @@
 """Building timm's networks, with weights or without, and describing them in timm's format."""
 
+import copy
 import dataclasses
 import importlib
 import inspect
@@ -15,6 +16,7 @@ from torch import nn
 
 from tlcli.backbones import weights
 from tlcli.backbones.backbone import INIT_SEED, Backbone, no_drop_path
+from tlcli.backbones.initialise import BATCH_NORMS
 from tlcli.backbones.preprocessing import preprocess_of
 from tlcli.backbones.specs import TimmSpec
 from tlcli.backbones.weights_file import StateDict, read_state_dict
@@ -36,6 +38,8 @@ CALL_ARGUMENTS = (frozenset(inspect.signature(timm.create_model).parameters) - {
 }
 """What a configuration's model_args must not set: how a network is built and where its weights are."""
 
+STATISTICS = ("running_mean", "running_var")
+
 
 def build_classifier(architecture: str, arguments: Mapping[str, Any], num_classes: int) -> nn.Module:
     """Return the untrained timm network with a classifier of `num_classes`, in eval mode.
@@ -47,35 +51,71 @@ def build_classifier(architecture: str, arguments: Mapping[str, Any], num_classe
 
 
 def classifier_name(model: nn.Module) -> str | None:
-    """Return the name of a timm network's classifier where it is one linear layer on the pooled vector.
+    """Return the name of the linear layer that is a timm network's classifier of the pooled vector.
 
     "Is" means measured: `model(x)` equals `classifier(headless(x))` on a random image, where `headless` is
-    the model after `reset_classifier(0)`. Only then can a linear head be stored in it exactly.
+    the model after `reset_classifier(0)`. Only then can a linear head be stored in it exactly. The model's
+    values are varied first, since a fresh batch norm before the classifier would change nothing.
     """
-    import copy
-
     getter: Any = getattr(model, "get_classifier", None)
     classifier = getter() if getter else None
-    if not isinstance(classifier, nn.Linear):
+    if not isinstance(classifier, nn.Module):
         return None
-    name = next((key for key, module in model.named_modules() if module is classifier), None)
+    layers = [module for module in classifier.modules() if isinstance(module, nn.Linear)]
+    name = next((key for key, module in model.named_modules() if [module] == layers), None)
+    if name is None:
+        return None
     size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+    model = varied(model).eval()
+    classifier = model.get_submodule(name)
     headless: Any = copy.deepcopy(model).eval()
     headless.reset_classifier(0)
-    mode = model.training
-    model.eval()
+    silence_norms(model, headless)
     image = torch.rand((1, *size), generator=torch.Generator().manual_seed(INIT_SEED))
     traits_of = getattr(timm.models, "get_model_traits", None)  # timm 1.0.20 has none
     traits = traits_of(model) if traits_of else {}
     if traits.get("img_size"):
         image = image[:, :, :1, :1].expand(1, size[0], *traits["img_size"]).contiguous()
-    with torch.inference_mode():
+    with torch.no_grad():
         try:
             same = torch.allclose(model(image), classifier(headless(image)), rtol=1e-4, atol=1e-5)
         except RuntimeError:  # the pooled features are not what this layer takes
             same = False
-    model.train(mode)
     return name if same else None
+
+
+def silence_norms(model: nn.Module, headless: nn.Module) -> StateDict:
+    """Let the batch norms that only `model` has, as before its classifier, change nothing.
+
+    Returns:
+        Their state, by the names of `model`.
+    """
+    kept = {name for name, _ in headless.named_modules()}
+    state: StateDict = {}
+    for name, module in model.named_modules():
+        if name not in kept and isinstance(module, BATCH_NORMS):
+            values = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0 - module.eps}
+            for key, tensor in module.state_dict().items():
+                tensor.fill_(values.get(key, 0))
+                state[f"{name}.{key}"] = tensor
+    return state
+
+
+def varied(model: nn.Module) -> nn.Module:
+    """Return a copy of a network with other parameters and normalisation statistics, always the same ones.
+
+    What is true of an untrained network by accident, such as a norm that changes nothing, is not true of it.
+    """
+    model = copy.deepcopy(model)
+    draw = torch.Generator().manual_seed(INIT_SEED)
+    statistics = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(STATISTICS))
+    with torch.no_grad():
+        for name, value in (*model.named_parameters(), *statistics):
+            noise = torch.rand(value.shape, generator=draw)
+            value.mul_(0.8 + 0.4 * noise)  # variances stay positive
+            if not name.endswith("running_var"):
+                value.add_(0.1 * (noise - 0.5))
+    return model
 
 
 def timm_config(

@@ -63,13 +63,13 @@ def load_backbone(options: BackboneOptions, drop_path: float = 0.0) -> Backbone:
     return backbone
 
 
-def load_stored(architecture: str, arguments: Mapping[str, Any], weights_file: str) -> Backbone:
+def load_stored(architecture: str, arguments: Mapping[str, Any], weights_file: str | None) -> Backbone:
     """Load a torchvision or classic network that a run stored, headless, in eval mode.
 
     Args:
         architecture: As `Backbone.architecture`, with the prefix.
         arguments: As `Backbone.arguments`.
-        weights_file: The run's tensors.
+        weights_file: The run's tensors; None leaves the network untrained.
 
     Raises:
         UsageError: There is no such architecture or argument.
@@ -77,7 +77,7 @@ def load_stored(architecture: str, arguments: Mapping[str, Any], weights_file: s
     """
     given = {key: value for key, value in arguments.items() if key != "image_size"}
     side = arguments.get("image_size")
-    backbone = _build_other(architecture, given, weights_file, False, side)
+    backbone = _build_other(architecture, given, weights_file, weights_file is None, side)
     if side:
         backbone.preprocess = dataclasses.replace(backbone.preprocess, image_size=(side, side))
     _set_drop_path(backbone, 0.0)
@@ -132,7 +132,7 @@ def _check_forward(backbone: Backbone) -> int:
     """
     height, width = backbone.preprocess.image_size
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             output = backbone.model(torch.zeros(1, 3, height, width))
     except Exception as error:  # architectures fail on odd sizes in many ways
         if is_out_of_memory(error):

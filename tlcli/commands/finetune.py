@@ -38,7 +38,7 @@ from tlcli.metrics.intervals import wilson_interval
 from tlcli.progress import Progress
 from tlcli.runs.card import model_card
 from tlcli.runs.directory import RunDirectory, check_run_dir, default_run_dir, run_to_continue
-from tlcli.runs.model_files import save_model
+from tlcli.runs.model_files import check_saving, save_model
 from tlcli.runs.results import write_evaluation
 from tlcli.training.backbone import TrainedBackbone, train_backbone
 from tlcli.training.checkpoints import Checkpoints
@@ -153,6 +153,8 @@ def plan_finetune(config: FinetuneConfig, progress: Progress, *, dry_run: bool =
     else:
         plan = plan_training(config, collection, run_to_continue(config), dry_run=dry_run)
         extractor, features = plan.extractor, plan.features
+    names = collection.dataset.class_names
+    check_saving(extractor.backbone, len(names), linear=not config.hidden_sizes)
     if config.output:
         run_dir = Path(config.output)
     else:
@@ -292,7 +294,7 @@ def _facts(plan: FinetunePlan) -> dict[str, Any]:
             **plan.training.recipe.document(),
             "augmentation": plan.training.policy.key_facts(),
             "num_views": plan.training.num_views,
-            "amp": plan.training.amp,
+            "amp": plan.training.compute.amp,
             "caching": None if plan.training.caching is None else plan.training.caching.document(),
         }
         if plan.scenario != "freeze":  # the network is trained and measured as it is, no prefix was prepared

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from tlcli.backbones.compute import Compute
 from tlcli.backbones.cut import cut_earlier
 from tlcli.data.collection import Collection
 from tlcli.errors import BackboneError
@@ -175,7 +174,7 @@ def decide(
     epochs: int,
     num_views: int,
     workers: int,
-    amp: torch.dtype | None = None,
+    compute: Compute | None = None,
     max_bytes: int | None = None,
 ) -> CachingDecision:
     """Return where to cache the frozen work of a training, from a measurement of a few seconds.
@@ -188,7 +187,7 @@ def decide(
         epochs: Passes over them, the probe's included.
         num_views: Views of each training image that a cache would hold.
         workers: Threads.
-        amp: Reduced compute type of the training, if any.
+        compute: How the trained part computes; None is fp32 in channels-last memory.
         max_bytes: Size that the cache must not grow beyond; None is no limit.
 
     Raises:
@@ -199,7 +198,9 @@ def decide(
         splits = collection.splits
         views = [range(num_views if split == "train" else 1) for split in splits]
         if is_measured(collection):
-            costs = measure_costs(Trial(extractor, amp), collection, views, workers, max_bytes)
+            costs = measure_costs(
+                Trial(extractor, compute or Compute()), collection, views, workers, max_bytes
+            )
             found = _possible(extractor, dataclasses.replace(costs, epochs=epochs))
         else:
             store = FeatureStore(extractor, max_bytes=max_bytes)

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tlcli.backbones.compute import Compute
 from tlcli.backbones.cut import earlier_cuts
+from tlcli.backbones.memory_format import in_memory_format
 from tlcli.cache.entry import Entry
 from tlcli.cache.errors import cache_errors
 from tlcli.cache.key import RowKey
@@ -115,7 +117,7 @@ class Trial:
     """
 
     extractor: Extractor
-    amp: torch.dtype | None
+    compute: Compute
 
     @property
     def on_cpu(self) -> bool:
@@ -209,9 +211,7 @@ class Trial:
 
         In eval mode, so that no statistic and no random number is touched.
         """
-        rows = self.extractor.rows(images).float()
-        if rows.ndim == 4:
-            rows = rows.contiguous(memory_format=torch.channels_last)  # as training does
+        rows = in_memory_format(self.extractor.rows(images).float(), self.compute.channels_last)
         cut = self.extractor.cut
         suffix = self.placed(cut.suffix).eval()
         trained = dataclasses.replace(cut, suffix=suffix).trained_parameters()
@@ -231,9 +231,7 @@ class Trial:
 
     def precision(self) -> AbstractContextManager[Any]:
         """Return the context that the training computes in."""
-        if self.amp is None:
-            return nullcontext()
-        return torch.autocast(self.extractor.device.type, dtype=self.amp)
+        return self.compute.precision(self.extractor.device)
 
 
 def _threads(workers: int) -> ThreadPoolExecutor:

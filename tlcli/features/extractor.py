@@ -28,6 +28,7 @@ from torch import Tensor
 from tlcli.backbones import inference
 from tlcli.backbones.backbone import Backbone, state_sha256
 from tlcli.backbones.cut import Cut, cut_at
+from tlcli.backbones.memory_format import in_memory_format
 from tlcli.backbones.units import num_frozen_units, units
 from tlcli.cache.key import SCHEMA
 from tlcli.data.dataset import Sample
@@ -160,8 +161,8 @@ class Extractor:
             return rows[:count].to(torch.float32 if self.row_dtype == "fp32" else torch.bfloat16)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Return uint8 images [n, 3, h, w] as a network takes them: float32, on the device, channels-last."""
-        pixels = images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        """Return uint8 images [n, 3, h, w] as the prefix takes them: float32, on the device."""
+        pixels = in_memory_format(images.to(self.device, non_blocking=True), self._fast.channels_last)
         return torch.addcmul(self._shift, pixels.float(), self._scale)
 
     def predicted_seconds(self, items: Sequence[Item], workers: int) -> float:

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from tlcli.backbones.backbone import Backbone
-from tlcli.backbones.timm_zoo import build_classifier, classifier_name, timm_config
+from tlcli.backbones.timm_zoo import (
+    build_classifier,
+    classifier_name,
+    silence_norms,
+    timm_config,
+    varied,
+)
 from tlcli.backbones.zoo import load_stored
 from tlcli.errors import BackboneError
 from tlcli.heads.head import Head
@@ -40,14 +46,10 @@ def save_model(
     """
     if not directory.writes:
         return {"facts": head.document(), "file": None, "classifier": None}
-    trained = copy.deepcopy(backbone.model).cpu().float().eval()
+    trained = _settled(copy.deepcopy(backbone.model).cpu().float())
     place = None
     if backbone.is_timm:
-        network = build_classifier(backbone.architecture, backbone.arguments, len(class_names))
-        if isinstance(head, LinearHead) and not head.normalise:
-            place = classifier_name(network)
-        if place is None:
-            network = build_classifier(backbone.architecture, backbone.arguments, 0)
+        network, place = _empty(backbone, head, len(class_names))
         _fill(network, trained, place, head)
         _write_tensors(directory, "model.safetensors", network.state_dict())
         config = timm_config(backbone, len(class_names) if place else 0, class_names)
@@ -72,6 +74,50 @@ def save_model(
             "classifier": place}  # fmt: skip
 
 
+def check_saving(backbone: Backbone, num_classes: int, *, linear: bool) -> None:
+    """Refuse a network that could not be saved once it is trained: tried on a copy with other values.
+
+    Args:
+        backbone: Before training; stays as it is.
+        num_classes: Number of classes.
+        linear: Whether the head is one linear layer, which becomes the classifier where it can.
+
+    Raises:
+        BackboneError: A fresh network does not take its tensors, or gives other logits with them.
+    """
+    trained = _settled(varied(backbone.model).cpu().float())
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(num_classes, backbone.num_features, generator=draw) / backbone.num_features**0.5
+    head = LinearHead(weight, torch.randn(num_classes, generator=draw), not linear)
+    place = None
+    try:
+        if backbone.is_timm:
+            network, place = _empty(backbone, head, num_classes)
+        else:
+            network = load_stored(backbone.architecture, backbone.arguments, None).model
+        _fill(network, trained, place, head)
+        _check_agrees(network, place, trained, head, backbone.preprocess.image_size)
+    except (RuntimeError, BackboneError) as error:
+        raise BackboneError(
+            f"{backbone.name} could not be saved once it is trained: {' '.join(str(error).split())}",
+            hint="Use another backbone; `tlcli extract` works with this one.",
+        ) from error
+
+
+def _settled(model: nn.Module) -> nn.Module:
+    """Return a network in eval mode without what some attention layers keep between two evaluations."""
+    return model.train().eval()
+
+
+def _empty(backbone: Backbone, head: Head, num_classes: int) -> tuple[nn.Module, str | None]:
+    """Return an untrained timm network for a head, and the name of the classifier that the head becomes."""
+    if isinstance(head, LinearHead) and not head.normalise:
+        network = build_classifier(backbone.architecture, backbone.arguments, num_classes)
+        if place := classifier_name(network):
+            return network, place
+    return build_classifier(backbone.architecture, backbone.arguments, 0), None
+
+
 def _write_tensors(directory: RunDirectory, name: str, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save
 
@@ -83,6 +129,7 @@ def _fill(network: nn.Module, trained: nn.Module, place: str | None, head: Head)
     """Load the trained tensors, and those of a head that becomes the classifier, into a fresh network."""
     state = dict(trained.state_dict())
     if place is not None and isinstance(head, LinearHead):
+        state |= silence_norms(network, trained)
         state |= {f"{place}.weight": head.weight, f"{place}.bias": head.bias}
     network.load_state_dict(state, strict=True)
 
@@ -92,7 +139,7 @@ def _check_agrees(
 ) -> None:
     """Compare logits on random images, on the CPU in float32, where no device rounds on its own account."""
     images = torch.randn(2, 3, *image_size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
+    with torch.no_grad():
         expected = head.logits(trained(images)).cpu()
         stored = network.eval()(images)
         if place is None:

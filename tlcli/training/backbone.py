@@ -105,7 +105,7 @@ def train_backbone(
         dropout=recipe.dropout, start=probe.head if probe else None, full=plan.scenario != "freeze",
     )  # fmt: skip
     setting = Setting(
-        device=device, amp=plan.amp, workers=workers,
+        device=device, amp=plan.compute.amp, channels_last=plan.compute.channels_last, workers=workers,
         unit_of={name: unit.index for unit in units(extractor.backbone.model) for name in unit.parameters},
         num_units=plan.num_units,
         checkpoints=Checkpoints(writer.path), checkpoint_seconds=60 * config.checkpoint_minutes,
@@ -126,14 +126,20 @@ def _inputs(plan: TrainingPlan, part: Collection, num_views: int | None) -> Inpu
     keys = [found.sha256 or "" for found in part.fingerprints]
     seed = plan.recipe.seed
     if not plan.trains_on_rows:
-        return ImageInputs(plan.extractor, part.samples, keys, num_views=num_views, seed=seed)
+        return ImageInputs(
+            plan.extractor, part.samples, keys, num_views=num_views, seed=seed,
+            channels_last=plan.compute.channels_last,
+        )  # fmt: skip
     features = plan.features
 
     def read(indices: Sequence[int], views: Sequence[int]) -> Tensor:
         assert features is not None
         return read_rows(features, part.select(indices), views)
 
-    return RowInputs(read, keys, num_views=num_views or 1, seed=seed, device=plan.extractor.device)
+    return RowInputs(
+        read, keys, num_views=num_views or 1, seed=seed, device=plan.extractor.device,
+        channels_last=plan.compute.channels_last,
+    )  # fmt: skip
 
 
 def _pooled(
@@ -144,8 +150,7 @@ def _pooled(
         return torch.empty(0)
     if plan.scenario != "freeze" and plan.features is not None:
         return read_rows(plan.features, part).float()
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.amp)
-    with torch.autocast(plan.extractor.device.type, dtype, enabled=dtype is not None):
+    with plan.compute.precision(plan.extractor.device):
         return network_logits(suffix, inputs, workers=workers)
 
 

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tlcli.backbones.memory_format import in_memory_format
 from tlcli.data.dataset import Sample
 from tlcli.data.decode import decode
 from tlcli.data.image_files import DecodeError, read_bytes
@@ -38,11 +39,6 @@ PLAIN = -1
 """The epoch that stands for evaluation: every sample's plain view."""
 
 
-def channels_last(inputs: Tensor) -> Tensor:
-    """Return maps in channels-last memory, which convolutions are fastest on; other inputs as they are."""
-    return inputs.contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs
-
-
 class Inputs(Protocol):
     """Gives the network's inputs."""
 
@@ -56,7 +52,7 @@ class Inputs(Protocol):
         """
 
     def finish(self, loaded: Tensor) -> Tensor:
-        """Return the network's inputs on its device; called by the training loop."""
+        """Return the network's inputs on its device, in its memory format; called by the training loop."""
 
 
 def view_of(sha256: str, epoch: int, num_views: int | None, seed: int) -> int:
@@ -91,6 +87,7 @@ class RowInputs:
         num_views: How many views are cached.
         seed: Of the training, decides which view an epoch sees.
         device: Where the network is.
+        channels_last: The memory format of maps.
     """
 
     def __init__(
@@ -101,8 +98,9 @@ class RowInputs:
         num_views: int,
         seed: int,
         device: torch.device,
+        channels_last: bool = True,
     ) -> None:
-        self.read, self.keys = read, keys
+        self.read, self.keys, self.channels_last = read, keys, channels_last
         self.num_views, self.seed, self.device = num_views, seed, device
 
     def __len__(self) -> int:
@@ -116,7 +114,7 @@ class RowInputs:
 
     def finish(self, loaded: Tensor) -> Tensor:
         """Return the rows on the device, float32."""
-        return loaded.to(self.device, non_blocking=True).float()
+        return in_memory_format(loaded.to(self.device, non_blocking=True).float(), self.channels_last)
 
 
 class ImageInputs:
@@ -128,6 +126,7 @@ class ImageInputs:
         keys: SHA-256 of each.
         num_views: As in `view_of`.
         seed: As in `view_of`.
+        channels_last: The memory format of maps and images.
     """
 
     def __init__(
@@ -138,8 +137,10 @@ class ImageInputs:
         *,
         num_views: int | None,
         seed: int,
+        channels_last: bool = True,
     ) -> None:
         self.extractor, self.samples, self.keys = extractor, samples, keys
+        self.channels_last = channels_last
         self.num_views, self.seed = num_views, seed
         self.on_cpu = extractor.device.type == "cpu"
 
@@ -196,8 +197,10 @@ class ImageInputs:
     def finish(self, loaded: Tensor) -> Tensor:
         """Return the network's inputs on the device, float32."""
         if self.extractor.cut.num_frozen_units == 0:
-            return self.extractor.normalise(loaded)
-        return (loaded if self.on_cpu else self._rows(loaded)).float()
+            found = self.extractor.normalise(loaded)
+        else:
+            found = (loaded if self.on_cpu else self._rows(loaded)).float()
+        return in_memory_format(found, self.channels_last)
 
     def _rows(self, images: Tensor) -> Tensor:
         parts = torch.split(images, self.extractor.batch_size)

@@ -14,7 +14,7 @@ from torch.nn import functional
 from tlcli.errors import Interrupted
 from tlcli.machine import interrupts, processes
 from tlcli.training import range_test
-from tlcli.training.inputs import PLAIN, Inputs, channels_last, generator, loading
+from tlcli.training.inputs import PLAIN, Inputs, generator, loading
 from tlcli.training.network import Network, fp32_where_bf16_is_slow, holding
 from tlcli.training.recipe import Recipe
 from tlcli.training.resume import Counters, State
@@ -95,12 +95,13 @@ def train(network: Network, recipe: Recipe, data: Samples, val: Samples | None, 
 
 def network_logits(network: nn.Module, inputs: Inputs, *, workers: int) -> Tensor:
     """Return what a network in eval mode gives for each sample's plain view, fp32 [N, C] on the CPU."""
+    network.train()  # some attention layers keep their biases in eval mode, and drop them here alone
     network.eval()
     mine = list(range(processes.rank(), len(inputs), processes.world_size()))
     batches = [mine[start : start + EVALUATION_BATCH] for start in range(0, len(mine), EVALUATION_BATCH)]
     parts = []
     with torch.no_grad(), loading(inputs, batches, PLAIN, workers=workers) as stream:
-        parts = [network(channels_last(inputs.finish(loaded))).float().cpu() for loaded in stream]
+        parts = [network(inputs.finish(loaded)).float().cpu() for loaded in stream]
     found = torch.cat(parts) if parts else torch.empty(0)
     if processes.world_size() == 1:
         return found
@@ -174,7 +175,7 @@ class _Loop:
         with loading(inputs, batches, counters.epoch, workers=self.setting.workers) as stream:
             for batch, loaded in zip(batches, stream, strict=True):
                 labels = self.data.labels[batch].to(stepper.device)
-                stepper.step(channels_last(inputs.finish(loaded)), labels, self.rate(), counters.step)
+                stepper.step(inputs.finish(loaded), labels, self.rate(), counters.step)
                 counters.step += 1
                 self.setting.progress.advance(self.batch_size)
                 if stepper.is_due():

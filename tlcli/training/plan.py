@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tlcli.backbones.backbone import Backbone
+from tlcli.backbones.compute import Amp, Compute, choose_compute
 from tlcli.backbones.cut import cut_earlier
 from tlcli.backbones.initialise import BATCH_NORMS, reinitialise
 from tlcli.backbones.units import num_frozen_units, units
@@ -35,7 +36,6 @@ from tlcli.machine import processes
 from tlcli.machine.device import fast_bf16
 from tlcli.training.optimizer import check_optimizer
 from tlcli.training.recipe import Recipe, resolve
-from tlcli.training.setting import Amp
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class TrainingPlan:
         features: The rows to compute before training: at the cut, or the pooled ones of the probe; None when
             there are none.
         caching: Where the prefix's work is kept, and why; None where nothing is frozen.
-        amp: Compute type of training.
+        compute: How the trained part computes.
         num_units: Units of the backbone.
         notes: What people should know beforehand.
     """
@@ -66,7 +66,7 @@ class TrainingPlan:
     extractor: Extractor
     features: FeaturePlan | None
     caching: CachingDecision | None
-    amp: Amp
+    compute: Compute
     num_units: int
     notes: tuple[str, ...]
 
@@ -86,7 +86,7 @@ class TrainingPlan:
         views = "a new view every epoch" if self.num_views is None else f"{self.num_views} views of an image"
         result = {
             "trains": f"units {frozen + 1} to {self.num_units} of {self.num_units} and the head, "
-            + ("in fp32" if self.amp == "none" else f"mixed precision {self.amp}"),
+            + ("in fp32" if self.compute.amp == "none" else f"mixed precision {self.compute.amp}"),
             "recipe": self.recipe.summary(),
             "augmentation": "none",
             "BatchNorm": f"{self.recipe.norm} in trained units: {self.recipe.norm_reason}",
@@ -106,7 +106,7 @@ class TrainingPlan:
             "caching": None if self.caching is None else self.caching.document(),
             "num_frozen_units": self.extractor.cut.num_frozen_units,
             "num_units": self.num_units,
-            "amp": self.amp,
+            "amp": self.compute.amp,
         }
 
 
@@ -151,16 +151,18 @@ def plan_training(
     features, decision = None, None
     made_views = None if policy.is_none else Views(policy, config.view_seed)
     extractor = make_extractor(backbone, config, views=made_views)
+    compute = _compute(config, extractor)
     if scenario == "freeze":
         # The probe is one more pass over the images.
         passes = recipe.epochs + (recipe.head_init == "probe")
         decision = _decided(continued) or _decide(
-            config, collection, extractor, num_views=num_views or 1, epochs=passes, dry_run=dry_run
-        )
+            config, collection, extractor, compute, num_views=num_views or 1, epochs=passes, dry_run=dry_run
+        )  # fmt: skip
         decision = processes.from_main(decision)
         if decision.node is not None:
             earlier = cut_earlier(extractor.cut, decision.node)
             extractor = make_extractor(backbone, config, cut=earlier, views=made_views)
+            compute = _compute(config, extractor)
         if decision.where == RECOMPUTE:
             num_views = 1 if policy.is_none else config.views
         else:
@@ -168,8 +170,13 @@ def plan_training(
     elif recipe.head_init == "probe":
         whole = from_options(FeatureOptions, {**to_options(config), "freeze": "all"})
         features = _plan_features(config, collection, make_extractor(backbone, whole), 1)
-    amp = _amp(config, extractor.device)
-    return TrainingPlan(recipe, policy, num_views, extractor, features, decision, amp, num_units, notes)
+    notes += (compute.note,) if compute.note else ()
+    return TrainingPlan(recipe, policy, num_views, extractor, features, decision, compute, num_units, notes)
+
+
+def _compute(config: FinetuneConfig, extractor: Extractor) -> Compute:
+    size = extractor.backbone.preprocess.image_size
+    return choose_compute(extractor.cut, size, _amp(config, extractor.device), extractor.device)
 
 
 def _plan_features(
@@ -196,6 +203,7 @@ def _decide(
     config: FinetuneConfig,
     collection: Collection,
     extractor: Extractor,
+    compute: Compute,
     *,
     num_views: int,
     epochs: int,
@@ -210,10 +218,9 @@ def _decide(
         return CachingDecision(
             UNDECIDED, "a trial of a few seconds will decide: caching at the cut, earlier, or recomputing"
         )
-    amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(_amp(config, extractor.device))
     return decide(
-        extractor, collection, epochs=epochs, num_views=num_views, workers=config.num_workers, amp=amp,
-        max_bytes=config.cache_max_bytes,
+        extractor, collection, epochs=epochs, num_views=num_views, workers=config.num_workers,
+        compute=compute, max_bytes=config.cache_max_bytes,
     )  # fmt: skip
 
 

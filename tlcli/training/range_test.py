@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tlcli.errors import UsageError
 from tlcli.machine import processes
-from tlcli.training.inputs import Inputs, channels_last, loading
+from tlcli.training.inputs import Inputs, loading
 from tlcli.training.stepper import Stepper
 
 STEPS = 80
@@ -42,7 +42,7 @@ def find_rate(
         for number, (rate, batch, loaded) in enumerate(zip(rates, batches, stream, strict=True), start=1):
             wanted = labels[batch].to(stepper.device)
             try:
-                stepper.step(channels_last(inputs.finish(loaded)), wanted, rate, 0)
+                stepper.step(inputs.finish(loaded), wanted, rate, 0)
                 loss = stepper.read()
             except UsageError:
                 loss = math.inf

@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from tlcli.backbones.compute import Amp
 from tlcli.progress import Progress, Silent
 from tlcli.training.checkpoints import Checkpoints
-
-Amp = Literal["none", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +19,7 @@ class Setting:
     Attributes:
         device: Where the network is trained.
         amp: Compute type under automatic mixed precision.
+        channels_last: The memory format of maps and weights.
         workers: Threads that load.
         unit_of: Backbone parameter name -> unit, from 1.
         num_units: Units of the backbone.
@@ -33,6 +33,7 @@ class Setting:
 
     device: torch.device
     amp: Amp = "none"
+    channels_last: bool = True
     workers: int = 1
     unit_of: dict[str, int] = field(default_factory=dict)
     num_units: int = 0

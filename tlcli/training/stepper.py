@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tlcli.backbones.inference import to_channels_last
+from tlcli.backbones.memory_format import to_channels_last
 from tlcli.errors import UsageError
 from tlcli.machine import processes
 from tlcli.training.inputs import generator, random_seed
@@ -50,7 +50,9 @@ class Stepper:
         self._unread: list[tuple[int, float, Tensor, Tensor, int]] = []
         self._read_steps = READ_STEPS.get(self.device.type, 1)
         self.accelerator = _accelerator(setting)
-        to_channels_last(network.to(self.device))
+        network.to(self.device)
+        if setting.channels_last:
+            to_channels_last(network)
         names = network.backbone_names()
         units = {name: setting.unit_of.get(own, setting.num_units) for name, own in names.items()}
         groups = parameter_groups(network, units, setting.num_units, recipe)

@@ -1,0 +1,30 @@
+"""Channels-last memory: what convolutions are fastest on, where a network takes it.
+
+A network that views its maps as other shapes can fail on it, and one without convolutions gains nothing. So
+it is set tensor by tensor, and whoever uses it tries the network once and falls back to contiguous memory.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def to_channels_last(module: nn.Module) -> nn.Module:
+    """Put the module's tensors of rank 4 into channels-last memory, and return it.
+
+    `Module.to(memory_format=...)` fails at a tensor of rank 5, such as the masks of shifted windows.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return module
+
+
+def in_memory_format(inputs: Tensor, channels_last: bool) -> Tensor:
+    """Return inputs [B, ...] in contiguous memory; maps in channels-last memory where that is wanted."""
+    wanted = torch.channels_last if channels_last and inputs.ndim == 4 else torch.contiguous_format
+    return inputs.contiguous(memory_format=wanted)
+
+
+def has_convolutions(module: nn.Module) -> bool:
+    """Return whether any weight has the rank of a two-dimensional convolution's."""
+    return any(parameter.dim() == 4 for parameter in module.parameters())
