@@ -43,6 +43,13 @@ def test_contiguous_memory_where_there_is_no_convolution():
     assert not choose_compute(cut, (8, 8), "none", CPU).channels_last
 
 
+def test_a_convolution_whose_backward_pass_ends_the_process_is_kept_from_channels_last_memory():
+    """timm's gernet_s has one such; a segmentation fault or a heap error, without an exception."""
+    cut = cut_of(nn.Conv2d(8, 8, 1, stride=2))
+    assert not choose_compute(cut, (224, 224), "none", CPU).channels_last
+    assert choose_compute(cut_of(nn.Conv2d(8, 8, 1)), (8, 8), "none", CPU).channels_last
+
+
 def test_a_number_type_that_does_not_run_gives_way_to_fp32_with_a_note():
     found = choose_compute(cut_of(MixesTypes()), (8, 8), "bf16", CPU)
     assert found.amp == "none"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tlcli.backbones.cut import Cut
-from tlcli.backbones.memory_format import has_convolutions, in_memory_format, to_channels_last
+from tlcli.backbones.memory_format import in_memory_format, suits_channels_last, to_channels_last
 from tlcli.errors import BackboneError
 from tlcli.machine.memory import is_out_of_memory
 from tlcli.wording import first_line
@@ -63,7 +63,7 @@ def choose_compute(cut: Cut, image_size: tuple[int, int], amp: Amp, device: torc
     with torch.no_grad():
         images = torch.randn(2, 3, *image_size, generator=torch.Generator().manual_seed(0))
         rows = cut.prefix(images).to(device)
-    formats = (True, False) if has_convolutions(cut.suffix) else (False,)
+    formats = (True, False) if suits_channels_last(cut.suffix, device) else (False,)
     problem: Exception = ValueError()
     types: tuple[Amp, ...] = (amp, "none") if amp != "none" else ("none",)
     for tried in types:

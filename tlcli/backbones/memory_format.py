@@ -7,6 +7,8 @@ it is set tensor by tensor, and whoever uses it tries the network once and falls
 import torch
 from torch import Tensor, nn
 
+FEW_CHANNELS = 16  # a block of oneDNN's kernels for AVX-512
+
 
 def to_channels_last(module: nn.Module) -> nn.Module:
     """Put the module's tensors of rank 4 into channels-last memory, and return it.
@@ -25,6 +27,19 @@ def in_memory_format(inputs: Tensor, channels_last: bool) -> Tensor:
     return inputs.contiguous(memory_format=wanted)
 
 
-def has_convolutions(module: nn.Module) -> bool:
-    """Return whether any weight has the rank of a two-dimensional convolution's."""
+def suits_channels_last(module: nn.Module, device: torch.device) -> bool:
+    """Return whether channels-last memory may be tried where a module is trained.
+
+    Not without convolutions, which alone gain by it; and not on a CPU where a convolution of 1x1 has a stride
+    and fewer than `FEW_CHANNELS` inputs: oneDNN's backward pass writes past its memory there, which ends the
+    process or gives wrong gradients (uxlfoundation/oneDNN issue 6035, open in November 2026).
+    """
+    if device.type == "cpu" and any(
+        isinstance(layer, nn.Conv2d)
+        and max(layer.kernel_size) == 1
+        and max(layer.stride) > 1
+        and layer.in_channels // layer.groups < FEW_CHANNELS
+        for layer in module.modules()
+    ):
+        return False
     return any(parameter.dim() == 4 for parameter in module.parameters())
