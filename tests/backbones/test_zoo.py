@@ -8,6 +8,7 @@ import time
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
 
 from tlcli.backbones import hub, torchvision_zoo
@@ -16,7 +17,7 @@ from tlcli.backbones.cut import cut_at
 from tlcli.backbones.timm_zoo import build_classifier, classifier_name, timm_config
 from tlcli.backbones.units import units
 from tlcli.backbones.zoo import load_backbone, load_stored
-from tlcli.config.backbone import BackboneOptions
+from tlcli.config.backbone import BackboneOptions, Preprocess
 from tlcli.errors import BackboneError, UsageError
 
 SMALL = "mobilenetv3_small_050"
@@ -385,8 +386,6 @@ def test_timm_builds_a_run_from_its_config(tmp_path, name, size):
 
 
 def test_torchvision_from_its_own_folder_and_from_a_file(tmp_path):
-    import torchvision
-
     torch.manual_seed(0)
     source = torchvision.models.mobilenet_v3_small(weights=None).eval()
     torch.save(source.state_dict(), tmp_path / "x.pth")
@@ -404,6 +403,52 @@ def test_torchvision_from_its_own_folder_and_from_a_file(tmp_path):
     name = f"mobilenet_v3_small-{hashlib.sha256(data).hexdigest()[:8]}.pth"
     (folder / name).write_bytes(data)
     assert hub.cached_url(f"https://example.org/{name}") == folder / name
+
+
+def test_torchvision_weights_are_chosen_by_their_tags(tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(hub, "url_file", lambda url, name: fetched.append(url) or tmp_path / "none")
+    weights = torchvision.models.ResNet50_Weights
+    wanted = {
+        "resnet50": weights.IMAGENET1K_V2,
+        "resnet50.imagenet1k_v1": weights.IMAGENET1K_V1,
+        "resnet50.IMAGENET1K_V2": weights.IMAGENET1K_V2,
+        "resnet50.V1": weights.IMAGENET1K_V1,
+        "resnet50.v2": weights.IMAGENET1K_V2,
+    }
+    for name in wanted:
+        with pytest.raises(BackboneError):
+            load(f"torchvision/{name}")
+    assert fetched == [one.url for one in wanted.values()]
+    one, other = (load(f"torchvision/resnet50.{tag}", random_init=True) for tag in ("v1", "v2"))
+    assert one.architecture == other.architecture == "torchvision/resnet50"
+    assert one.preprocess.crop_pct < other.preprocess.crop_pct  # 224 of 256, 224 of 232
+    for name in ("resnet50.v3", "resnet50.", "vit_b_16.v1x"):
+        with pytest.raises(UsageError, match="has no weights") as caught:
+            load(f"torchvision/{name}", random_init=True)
+        assert f"torchvision/{name.partition('.')[0]}.imagenet1k_v1" in caught.value.hint
+    swag = load("torchvision/vit_b_16.imagenet1k_swag_e2e_v1", random_init=True)
+    assert swag.preprocess.image_size == (384, 384)
+
+
+def test_the_transform_can_be_changed_in_every_part():
+    changed = load(
+        SMALL, random_init=True,
+        image_size="40x64", crop_pct=0.5, crop_mode="squash", interpolation="nearest",
+        mean="0.1, 0.2,0.3", std="0.25",
+    ).preprocess  # fmt: skip
+    assert changed == Preprocess(
+        image_size=(40, 64), crop_pct=0.5, crop_mode="squash", interpolation="nearest",
+        mean=(0.1, 0.2, 0.3), std=(0.25, 0.25, 0.25),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options", [{"mean": "0.5,0.5"}, {"mean": "x"}, {"std": "0,1,1"}, {"std": "nan"}, {"std": "-1"}]
+)
+def test_means_and_deviations_that_cannot_be_meant_are_refused(options):
+    with pytest.raises(UsageError, match=f"--{next(iter(options))} "):
+        BackboneOptions(**options)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ class Backbone:
         origin: Where the weights came from.
         pretrained: False with --random-init.
         pretrained_cfg: timm's configuration of the weights without their location; {} for other networks.
+        notes: What people should know of it.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Backbone:
     origin: Origin = "timm"
     pretrained: bool = True
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def is_timm(self) -> bool:

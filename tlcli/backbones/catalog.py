@@ -159,11 +159,13 @@ def _all() -> Iterator[CatalogEntry]:
             here = repository in repositories or (isinstance(url, str) and url.rpartition("/")[2] in files)
             yield _entry(name, architecture, cfg, here)
     for name in torchvision_zoo.names():
-        default = torchvision_zoo.default_weights(name)
-        size = int(default.transforms().crop_size[0])
-        full = torchvision_zoo.PREFIX + name
-        here = default.url.rpartition("/")[2] in files
-        yield CatalogEntry(full, full, counts.get(full), (size, size), default.meta.get("license"), here)
+        architecture = torchvision_zoo.PREFIX + name
+        for place, (tag, weights) in enumerate(torchvision_zoo.weights_of(name).items()):
+            size = int(weights.transforms().crop_size[0])
+            here = weights.url.rpartition("/")[2] in files
+            full = f"{architecture}.{tag}" if place else architecture
+            licence = weights.meta.get("license")
+            yield CatalogEntry(full, architecture, counts.get(architecture), (size, size), licence, here)
     for name, network in classic.NETWORKS.items():
         full, size = classic.PREFIX + name, network.image_size
         yield CatalogEntry(full, full, counts.get(full), (size, size), None, False, pretrained=False)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tlcli.backbones import weights
+from tlcli.backbones.image_sizes import ImageSizeError
 from tlcli.backbones.initialise import reinitialise
 from tlcli.config.backbone import Preprocess
 from tlcli.config.model_kwargs import unknown_argument
@@ -334,7 +335,7 @@ def build(
     *,
     weights_file: str | None = None,
     random_init: bool = False,
-    image_size: int | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Return what a Backbone needs of a classic network: model, preprocess, arguments.
 
@@ -343,7 +344,7 @@ def build(
         given: Options of the network, from --model-kwargs.
         weights_file: Weights of a network built with the same options.
         random_init: Leave the weights random, always in the same way.
-        image_size: Side of the images in pixels; its own unless given.
+        image_size: Height and width of the images in pixels, both alike; its own unless given.
 
     Raises:
         UsageError: The name or an option is unknown, or an option has no such value.
@@ -356,7 +357,9 @@ def build(
         hint = f"{did_you_mean(near)}Known: {known}."
         raise UsageError(f"There is no network {name!r}.", hint=hint)
     network = NETWORKS[short]
-    side = image_size or network.image_size
+    side, width = image_size or (network.image_size, network.image_size)
+    if side != width:
+        raise ImageSizeError(f"{name} does not take images of {side}x{width} pixels: only square ones.")
     arguments = {"image_size": side, **resolve_options(short, given)}
     if not random_init and not weights_file:
         raise BackboneError(

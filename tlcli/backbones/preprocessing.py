@@ -86,10 +86,15 @@ def _no_transform(name: str, why: str) -> BackboneError:
 def with_options(preprocess: Preprocess, options: BackboneOptions) -> Preprocess:
     """Return a transform with what the user asked for in its place."""
     changes: dict[str, Any] = {}
-    if options.image_size:
-        changes["image_size"] = (options.image_size, options.image_size)
+    if options.height_width:
+        changes["image_size"] = options.height_width
+    if options.crop_mode:
+        changes["crop_mode"] = options.crop_mode
     if options.crop_pct:
         changes["crop_pct"] = options.crop_pct
     if options.interpolation:
         changes["interpolation"] = options.interpolation
+    for name in ("mean", "std"):
+        if (given := options.parsed(name)) is not None:
+            changes[name] = given
     return dataclasses.replace(preprocess, **changes)

@@ -16,6 +16,7 @@ from torch import nn
 
 from tlcli.backbones import weights
 from tlcli.backbones.backbone import INIT_SEED, Backbone, no_drop_path
+from tlcli.backbones.image_sizes import ImageSizeError
 from tlcli.backbones.initialise import BATCH_NORMS
 from tlcli.backbones.preprocessing import preprocess_of
 from tlcli.backbones.specs import TimmSpec
@@ -199,8 +200,8 @@ def build(
     if cfg.get("fixed_input_size") and not arguments.get("img_size"):
         arguments["img_size"] = list(cfg["input_size"][1:])
     source_arguments = dict(arguments)
-    if options.image_size and (cfg.get("fixed_input_size") or arguments.get("img_size")):
-        arguments["img_size"] = [options.image_size, options.image_size]
+    if options.height_width and (cfg.get("fixed_input_size") or arguments.get("img_size")):
+        arguments["img_size"] = list(options.height_width)
     rates = {"drop_path_rate": drop_path} if drop_path else {}
     if options.random_init or options.weights:
         model = _create(name, spec.architecture, num_classes=0, pretrained_cfg=cfg, **(arguments | rates))
@@ -296,12 +297,12 @@ def _create(name: str, architecture: str, **arguments: Any) -> nn.Module:
 
 
 def _refused(name: str, error: Exception, arguments: Mapping[str, Any]) -> BackboneError:
-    size = arguments.get("img_size")
-    hint = (
-        "Leave --image-size out to use its own size." if size else "Check the arguments in its config.json."
+    if size := arguments.get("img_size"):
+        at = f"for images of {size[0]}x{size[1]} pixels"
+        return ImageSizeError(f"{name} cannot be built {at}: {first_line(error)}")
+    return BackboneError(
+        f"{name} cannot be built: {first_line(error)}", hint="Check the arguments in its config.json."
     )
-    at = f" for images of {size[0]} pixels" if size else ""
-    return BackboneError(f"{name} cannot be built{at}: {first_line(error)}", hint=hint)
 
 
 def build_error(name: str, architecture: str, error: BackboneError, given: Mapping[str, Any]) -> Exception:

@@ -1,4 +1,4 @@
-"""torchvision's classification networks as headless backbones, with its default weights and their transform.
+"""torchvision's classification networks as headless backbones, with its weights and their transform.
 
 The last linear layer gives way to the identity, so that the network returns what that layer was fed: pooled
 features in most families, the second hidden layer in AlexNet and VGG. SqueezeNet ends in a convolution; its
@@ -16,9 +16,10 @@ from torch import nn
 from torchvision import models
 
 from tlcli.backbones import hub, weights
+from tlcli.backbones.image_sizes import ImageSizeError
 from tlcli.backbones.weights_file import StateDict
 from tlcli.config.backbone import Preprocess
-from tlcli.errors import BackboneError, UsageError
+from tlcli.errors import UsageError
 from tlcli.wording import did_you_mean, near_misses
 
 PREFIX = "torchvision/"
@@ -30,43 +31,81 @@ def names() -> list[str]:
     return [str(name) for name in models.list_models(module=models)]
 
 
+def weights_of(name: str) -> dict[str, Any]:
+    """Return torchvision's weights of a classifier by their tags, the default ones first.
+
+    A tag is what torchvision calls them in lower case, such as "imagenet1k_v1". Weights are members of an
+    enumeration, with url, meta and transforms.
+    """
+    known = models.get_model_weights(name)
+    return {member.name.lower(): member for member in sorted(known, key=lambda one: one != known.DEFAULT)}
+
+
 def default_weights(name: str) -> Any:
-    """Return torchvision's default weights of a name: an enumeration member with url, meta and transforms."""
-    return models.get_model_weights(name).DEFAULT
+    """Return torchvision's default weights of a name."""
+    return next(iter(weights_of(name).values()))
+
+
+def chosen_weights(name: str) -> tuple[str, Any]:
+    """Return the classifier and the weights that a name such as "resnet50" or "resnet50.v1" stands for.
+
+    Args:
+        name: Without the prefix; what follows the dot is a tag, or its end where that is unambiguous.
+
+    Raises:
+        UsageError: torchvision has no such classifier or weights.
+    """
+    short, dot, tag = name.partition(".")
+    if short not in names():
+        raise UsageError(f"torchvision has no image classifier {short!r}.", hint=_near(short))
+    known = weights_of(short)
+    found = [key for key in known if key == tag.lower()] or [
+        key for key in known if key.endswith(f"_{tag.lower()}")
+    ]
+    if dot and len(found) != 1:
+        raise UsageError(
+            f"torchvision has no weights {tag!r} of {short}.",
+            hint=f"Known: {', '.join(f'{PREFIX}{short}.{key}' for key in known)}.",
+        )
+    return short, known[found[0]] if dot else default_weights(short)
 
 
 def build(
-    name: str, *, weights_file: str | None = None, random_init: bool = False, image_size: int | None = None
+    name: str,
+    *,
+    weights_file: str | None = None,
+    random_init: bool = False,
+    image_size: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Return what a Backbone needs of a torchvision network: model, preprocess, arguments, license.
 
     Args:
-        name: With the prefix, such as "torchvision/resnet18".
-        weights_file: Weights to use instead of the default ones.
+        name: With the prefix, such as "torchvision/resnet18" or "torchvision/resnet50.imagenet1k_v1".
+        weights_file: Weights to use instead of torchvision's.
         random_init: Load no weights.
-        image_size: Side of the images in pixels; only vision transformers are built for one size.
+        image_size: Height and width of the images in pixels; vision transformers alone are built for one.
 
     Raises:
-        UsageError: torchvision has no classifier of this name.
+        UsageError: torchvision has no classifier or weights of this name.
         BackboneError: The weights cannot be found, loaded or trusted.
     """
-    short = name.removeprefix(PREFIX)
-    if short not in names():
-        raise UsageError(f"torchvision has no image classifier {short!r}.", hint=_near(short))
-    default = default_weights(short)
-    preprocess = _preprocess(default)
+    short, wanted = chosen_weights(name.removeprefix(PREFIX))
+    preprocess = _preprocess(wanted)
     arguments: dict[str, Any] = {}
     if short.startswith("vit_"):
-        arguments["image_size"] = image_size or preprocess.image_size[0]
+        height, width = image_size or preprocess.image_size
+        if height != width:
+            raise ImageSizeError(f"{name} does not take images of {height}x{width} pixels: only square ones.")
+        arguments["image_size"] = height
     model = headless(short, arguments)
     if weights_file or not random_init:
-        path = weights_file or hub.url_file(default.url, name)
+        path = weights_file or hub.url_file(wanted.url, name)
         weights.load_weights(model, path, name, partial(_convert, short, model, arguments))
     return {
         "model": model,
         "preprocess": preprocess,
         "arguments": arguments,
-        "license": default.meta.get("license"),
+        "license": wanted.meta.get("license"),
     }
 
 
@@ -97,7 +136,7 @@ def headless(name: str, arguments: dict[str, Any]) -> nn.Module:
         try:
             model: nn.Module = models.get_model(name, weights=None, **arguments)
         except (ValueError, RuntimeError, AssertionError) as error:
-            raise BackboneError(f"{PREFIX}{name} cannot be built: {error}") from error
+            raise ImageSizeError(f"{PREFIX}{name} cannot be built: {error}") from error
     if name.startswith("squeezenet"):
         model.classifier = nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)))
         return model

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tlcli.backbones.backbone import Backbone, no_drop_path
+from tlcli.backbones.image_sizes import ImageSizeError, size_advice, uncovered
 from tlcli.backbones.preprocessing import with_options
 from tlcli.backbones.specs import LIST_HINT, timm_spec
 from tlcli.backbones.timm_zoo import build, build_error
@@ -37,18 +38,37 @@ def load_backbone(options: BackboneOptions, drop_path: float = 0.0) -> Backbone:
             network has no drop-path.
         BackboneError: The weights cannot be found, loaded or trusted, or the image size does not suit.
     """
-    name = options.backbone
-    if not name:
+    if not options.backbone:
         raise UsageError("No backbone is named.", hint="Add --backbone, for example --backbone bundled.")
     if options.random_init and options.weights:
         raise UsageError("--random-init and --weights contradict each other.", hint="Leave one of them out.")
+    try:
+        return _load(options, options.backbone, drop_path)
+    except ImageSizeError as error:
+        error.hint = size_advice(options.height_width, lambda size: _takes(options, size))
+        raise
+
+
+def _takes(options: BackboneOptions, size: tuple[int, int] | None) -> bool:
+    """Return whether the backbone takes images of a size, None its own; weights do not matter for that."""
+    changed = dataclasses.replace(
+        options, image_size=None if size is None else f"{size[0]}x{size[1]}", random_init=True, weights=None
+    )
+    try:
+        _load(changed, str(options.backbone), 0.0)
+    except (BackboneError, UsageError):
+        return False
+    return True
+
+
+def _load(options: BackboneOptions, name: str, drop_path: float) -> Backbone:
     given = options.model_arguments
     if name.startswith(("torchvision/", "classic/")):
         if name.startswith("torchvision/") and given:
             raise UsageError(
                 f"{name} takes no --model-kwargs.", hint="Leave it out, or use a network of timm's."
             )
-        backbone = _build_other(name, given, options.weights, options.random_init, options.image_size)
+        backbone = _build_other(name, given, options.weights, options.random_init, options.height_width)
     else:
         spec = timm_spec(name, offline=options.random_init)
         try:
@@ -56,10 +76,13 @@ def load_backbone(options: BackboneOptions, drop_path: float = 0.0) -> Backbone:
         except BackboneError as error:
             raise build_error(name, spec.architecture, error, given) from error
     _set_drop_path(backbone, drop_path)
+    own_size = backbone.preprocess.image_size
     backbone.pretrained = not options.random_init
     backbone.preprocess = with_options(backbone.preprocess, options)
     backbone.model.eval()
     backbone.num_features = _check_forward(backbone)
+    if backbone.preprocess.image_size != own_size and (note := uncovered(backbone)):
+        backbone.notes += (note,)
     return backbone
 
 
@@ -77,9 +100,10 @@ def load_stored(architecture: str, arguments: Mapping[str, Any], weights_file: s
     """
     given = {key: value for key, value in arguments.items() if key != "image_size"}
     side = arguments.get("image_size")
-    backbone = _build_other(architecture, given, weights_file, weights_file is None, side)
-    if side:
-        backbone.preprocess = dataclasses.replace(backbone.preprocess, image_size=(side, side))
+    size = (side, side) if side else None
+    backbone = _build_other(architecture, given, weights_file, weights_file is None, size)
+    if size:
+        backbone.preprocess = dataclasses.replace(backbone.preprocess, image_size=size)
     _set_drop_path(backbone, 0.0)
     backbone.model.eval()
     backbone.num_features = _check_forward(backbone)
@@ -90,7 +114,11 @@ def load_stored(architecture: str, arguments: Mapping[str, Any], weights_file: s
 
 
 def _build_other(
-    name: str, given: dict[str, Any], weights_file: str | None, random_init: bool, image_size: int | None
+    name: str,
+    given: dict[str, Any],
+    weights_file: str | None,
+    random_init: bool,
+    image_size: tuple[int, int] | None,
 ) -> Backbone:
     """Build a classic network, or one of torchvision, which takes no arguments."""
     if name.startswith("classic/"):
@@ -105,7 +133,8 @@ def _build_other(
     parts = torchvision_zoo.build(
         name, weights_file=weights_file, random_init=random_init, image_size=image_size
     )
-    return Backbone(name=name, architecture=name, num_features=0, origin="torchvision", **parts)
+    architecture = name.partition(".")[0]
+    return Backbone(name=name, architecture=architecture, num_features=0, origin="torchvision", **parts)
 
 
 def _set_drop_path(backbone: Backbone, rate: float) -> None:
@@ -137,10 +166,8 @@ def _check_forward(backbone: Backbone) -> int:
     except Exception as error:  # architectures fail on odd sizes in many ways
         if is_out_of_memory(error):
             raise
-        own = backbone.pretrained_cfg.get("input_size", (3, 0, 0))[1]
-        raise BackboneError(
-            f"{backbone.name} does not take images of {height}x{width} pixels: {first_line(error)}",
-            hint=f"Its own size is {own}; leave --image-size out, or use a multiple of 32." if own else None,
+        raise ImageSizeError(
+            f"{backbone.name} does not take images of {height}x{width} pixels: {first_line(error)}"
         ) from error
     if not isinstance(output, torch.Tensor) or output.ndim != 2 or output.shape[0] != 1:
         shape = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__

@@ -99,6 +99,8 @@ def show(out: Output, config: BackbonesShowConfig) -> None:
     document = _document(backbone, costs)
     columns = ["unit", "name", "output", "parameters", "FLOPs", "cached row", "bytes/image"]
     out.result("backbones.show", document, _facts(document), table(columns, _rows(costs)))
+    for note in backbone.notes:
+        out.note(note)
     if costs[0].cut is None:
         out.note("This network cannot be traced: it can be frozen as a whole (--freeze all) only.")
     quoted = shlex.quote(backbone.name)

@@ -106,6 +106,8 @@ def _fields(config_type: type) -> list[inspect.Parameter]:
             info = typer.Argument(help=about["help"], metavar=about["metavar"], show_default=False)
         else:
             plain = _without_none(hint)
+            if len(typing.get_args(hint)) > 2 and plain is str:  # also a number, where it is made from Python
+                hint = str | None
             info = typer.Option(
                 *(about["flags"] or _flags(field.name, plain)),
                 help=about["help"] + _range(about),

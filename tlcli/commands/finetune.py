@@ -76,7 +76,8 @@ class FinetunePlan:
     def notes(self) -> tuple[str, ...]:
         """Return what people should know beforehand."""
         warning = (scratch_warning(),) if self.scenario == "scratch" else ()
-        return (*(self.training.notes if self.training else ()), *warning)
+        trained = self.training.notes if self.training else ()
+        return (*self.extractor.backbone.notes, *trained, *warning)
 
     def summary(self) -> dict[str, str]:
         """Return the plan for people."""

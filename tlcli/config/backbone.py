@@ -1,16 +1,20 @@
 """Options of the backbone: which network, its images, how its features are computed and kept."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from tlcli.config.fields import HasCacheLimit, HasWorkers, Options, option
 from tlcli.config.model_kwargs import parse_arguments
 from tlcli.errors import UsageError
-from tlcli.wording import parse_device, parse_size
+from tlcli.wording import parse_device, parse_numbers, parse_size
 
 Device = str
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+CropMode = Literal["center", "squash", "border"]
 CacheMode = Literal["auto", "always", "never", "verify"]
+
+SIDES = (8, 4096)  # of the images that --image-size asks for, in pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,7 @@ class Preprocess:
 
     image_size: tuple[int, int]
     crop_pct: float
-    crop_mode: Literal["center", "squash", "border"] = "center"
+    crop_mode: CropMode = "center"
     interpolation: Interpolation = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -90,6 +94,43 @@ def parse_freeze(text: str, name: str = "--freeze") -> int | Literal["all"]:
     return 0 if word == "none" else int(word)
 
 
+def parse_image_size(text: str | int, name: str = "--image-size") -> tuple[int, int]:
+    """Return the height and width that `--image-size` says: one number for a square, or HxW.
+
+    Raises:
+        UsageError: It is neither, or a side is out of range.
+    """
+    sides = re.fullmatch(r"([0-9]{1,9})(?:[x×]([0-9]{1,9}))?", str(text).strip().lower())
+    if not sides:
+        raise UsageError(
+            f"{name} {str(text)!r} is not an image size.",
+            hint="Use one number for a square, as in 224, or height x width, as in 96x160, in pixels.",
+        )
+    height = int(sides[1])
+    width = int(sides[2] or height)
+    low, high = SIDES
+    if not (low <= height <= high and low <= width <= high):
+        raise UsageError(f"{name} {text} is out of range.", hint=f"Expected sides of {low} to {high} pixels.")
+    return height, width
+
+
+def parse_color(text: str, name: str) -> tuple[float, float, float]:
+    """Return the red, green and blue part that `--mean` or `--std` says; one number stands for all three.
+
+    Raises:
+        UsageError: It is not one or three finite numbers, or a deviation is not above 0.
+    """
+    lowest = -1e3 if name == "--mean" else 1e-6
+    found = parse_numbers(text, name, minimum=lowest, maximum=1e3)
+    if len(found) not in {1, 3}:
+        raise UsageError(
+            f"{name} {text} has {len(found)} numbers; expected three, for red, green and blue.",
+            hint=f"As in {name} 0.485,0.456,0.406; one number stands for all three.",
+        )
+    red, green, blue = found if len(found) == 3 else found * 3
+    return red, green, blue
+
+
 # ---- groups of options, shared by commands ----------------------------------------------------------------
 
 
@@ -114,11 +155,11 @@ class BackboneOptions(Options):
         metavar="KEY=VALUE,...",
         parse=parse_arguments,
     )
-    image_size: int | None = option(
+    image_size: str | int | None = option(
         None,
-        "Side of the square image given to the backbone, in pixels; its own size unless given.",
-        minimum=8,
-        maximum=4096,
+        "Size of the image given to the backbone, in pixels: N for a square, or HxW; its own by default.",
+        metavar="N|HxW",
+        parse=parse_image_size,
     )
     crop_pct: float | None = option(
         None,
@@ -126,9 +167,34 @@ class BackboneOptions(Options):
         minimum=0.1,
         maximum=1.0,
     )
+    crop_mode: CropMode | None = option(
+        None,
+        "center crops, squash resizes both sides, border pads; the backbone's own by default.",
+    )
     interpolation: Interpolation | None = option(
         None, "How images are resized; the backbone's own unless given."
     )
+    mean: str | None = option(
+        None,
+        "Mean of red, green and blue in [0, 1], subtracted from images; the backbone's own by default.",
+        metavar="R,G,B",
+        parse=parse_color,
+    )
+    std: str | None = option(
+        None, "What images are then divided by; the backbone's own by default.", metavar="R,G,B",
+        parse=parse_color,
+    )  # fmt: skip
+
+    def check(self) -> None:
+        """Keep the side of a square as a number, as the files of earlier releases have it."""
+        if str(self.image_size).strip().isdecimal():
+            object.__setattr__(self, "image_size", int(str(self.image_size)))
+
+    @property
+    def height_width(self) -> tuple[int, int] | None:
+        """Return the height and width that --image-size gives, in pixels."""
+        found: tuple[int, int] | None = self.parsed("image_size")
+        return found
 
     @property
     def model_arguments(self) -> dict[str, Any]:

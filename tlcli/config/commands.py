@@ -282,9 +282,7 @@ class BackbonesShowConfig(Options):
     weights: str | None = same(BackboneOptions, "weights")
     random_init: bool = option(False, "Do not load weights: the table does not depend on them.")
     model_kwargs: str | None = same(BackboneOptions, "model_kwargs")
-    image_size: int | None = option(
-        None, "Side of the square image, in pixels; the backbone's own unless given.", minimum=8, maximum=4096
-    )
+    image_size: str | int | None = same(BackboneOptions, "image_size")
 
 
 @dataclass(frozen=True, kw_only=True)

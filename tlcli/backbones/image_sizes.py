@@ -1,0 +1,99 @@
+"""Image sizes that a network takes, and what it looks at: advice that was tried before it is given."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from tlcli.backbones.backbone import Backbone
+from tlcli.errors import BackboneError
+
+STEPS = (32, 16, 14, 28, 56, 64, 7 * 32)  # what patches, windows and strides multiply to, in pixels
+MAX_TRIES = 8
+TRY_SECONDS = 10.0  # of processor time
+COARSEST = 256  # pixels; no network has larger patches
+
+
+class ImageSizeError(BackboneError):
+    """A network does not take images of a size."""
+
+
+def size_advice(
+    wanted: tuple[int, int] | None, takes: Callable[[tuple[int, int] | None], bool]
+) -> str | None:
+    """Return a hint that names the nearest size that was tried and works; None where none does.
+
+    Args:
+        wanted: Height and width that do not work, in pixels; None for the network's own.
+        takes: Tells whether a size works; None is the network's own.
+    """
+    if wanted is None:
+        return None
+    started = time.process_time()
+    for size in _near(wanted)[:MAX_TRIES]:
+        if time.process_time() - started > TRY_SECONDS:
+            break
+        if takes(size):
+            side = str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+            return f"--image-size {side} works; so does its own size, without --image-size."
+    return "Leave --image-size out: its own size works." if takes(None) else None
+
+
+def _near(wanted: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return sizes near the one wanted, the nearest first."""
+    sides = [
+        sorted({max(step, round_to(side, step)) for step in STEPS for round_to in (_floor, _ceiling)})
+        for side in wanted
+    ]
+    if wanted[0] == wanted[1]:
+        found = {(side, side) for side in sides[0]}
+    else:
+        found = {(height, width) for height in sides[0] for width in sides[1]}
+        found |= {(side, side) for pair in sides for side in pair}
+    found.discard(wanted)
+    return sorted(found, key=lambda size: (abs(size[0] - wanted[0]) + abs(size[1] - wanted[1]), size))
+
+
+def _floor(side: int, step: int) -> int:
+    return side // step * step
+
+
+def _ceiling(side: int, step: int) -> int:
+    return -(-side // step) * step
+
+
+def uncovered(backbone: Backbone) -> str | None:
+    """Return a note where the network never looks at the last rows or columns of its images, else None.
+
+    Measured: what it looks at has a gradient.
+    """
+    height, width = backbone.preprocess.image_size
+    draw = torch.Generator().manual_seed(0)
+    image = torch.rand((1, 3, height, width), generator=draw)
+    lower, right = image.clone(), image.clone()
+    lower[..., -1, :] += 10.0
+    right[..., :, -1] += 10.0
+    with torch.no_grad():
+        before = backbone.model(image)
+        if not any(torch.equal(backbone.model(changed), before) for changed in (lower, right)):
+            return None
+    image.requires_grad_(True)
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(backbone.model(image).square().sum(), image)
+    seen = gradient.abs().sum((0, 1)) > 0
+    if not seen.any():  # a network that gives the same vector for every image
+        return None
+    rows, columns = (int(seen.any(1 - side).nonzero().max()) + 1 for side in (0, 1))
+    larger = f" or {_ceiling(height, step)}" if (step := _patch(backbone, height - rows)) else ""
+    sides = f"{rows}{larger}" if height == width else f"{rows}x{columns}"
+    return (
+        f"it looks at {rows}x{columns} pixels of images of {height}x{width}: the last rows or columns "
+        f"lie outside its patches; --image-size {sides} is looked at whole"
+    )
+
+
+def _patch(backbone: Backbone, left: int) -> int | None:
+    """Return the side of a vision transformer's patches where they explain the rows left out."""
+    size = getattr(getattr(backbone.model, "patch_embed", None), "patch_size", None)
+    side = size[0] if isinstance(size, tuple) and size else size
+    return side if isinstance(side, int) and left == backbone.preprocess.image_size[0] % side else None
