@@ -8,7 +8,6 @@ means building each of over a thousand networks. So they stand in catalog.csv, k
 import csv
 import dataclasses
 import fnmatch
-import functools
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -21,11 +20,11 @@ import torch
 from torch import nn
 
 from tlcli.backbones import classic, hub, specs, torchvision_zoo
+from tlcli.backbones.guess import TABLE, parameter_counts
 from tlcli.errors import TlcliError
 
 logger = logging.getLogger(__name__)
 
-TABLE = Path(__file__).parent / "catalog.csv"
 Sort = Literal["name", "params", "image-size"]
 
 
@@ -101,16 +100,6 @@ def write_catalog(path: Path = TABLE) -> None:
         for name in names:
             writer.writerow([name, _count(name)])
             file.flush()
-
-
-@functools.cache
-def parameter_counts() -> dict[str, int]:
-    """Return the table: architecture -> number of parameters, 0 for one that cannot be a backbone."""
-    try:
-        with TABLE.open(newline="", encoding="utf-8") as file:
-            return {row["architecture"]: int(row["num_parameters"]) for row in csv.DictReader(file)}
-    except FileNotFoundError:
-        return {}
 
 
 def _count(architecture: str, arguments: Mapping[str, Any] | None = None) -> int:

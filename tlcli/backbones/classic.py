@@ -334,6 +334,7 @@ def build(
     given: Mapping[str, Any],
     *,
     weights_file: str | None = None,
+    weights_key: str | None = None,
     random_init: bool = False,
     image_size: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
@@ -343,6 +344,7 @@ def build(
         name: With the prefix, such as "classic/lenet5".
         given: Options of the network, from --model-kwargs.
         weights_file: Weights of a network built with the same options.
+        weights_key: Which of several sets of tensors in that file is meant.
         random_init: Leave the weights random, always in the same way.
         image_size: Height and width of the images in pixels, both alike; its own unless given.
 
@@ -376,7 +378,7 @@ def build(
         )
     model = headless(short, arguments)
     if weights_file:
-        weights.load_weights(model, weights_file, name)
+        weights.load_weights(model, weights_file, name, key=weights_key)
     preprocess = Preprocess(
         image_size=(side, side),
         crop_pct=1.0,

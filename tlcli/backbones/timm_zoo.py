@@ -2,19 +2,18 @@
 
 import copy
 import dataclasses
-import importlib
 import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import timm
 import torch
 from torch import nn
 
-from tlcli.backbones import weights
+from tlcli.backbones import foreign, weights
 from tlcli.backbones.backbone import INIT_SEED, Backbone, no_drop_path
 from tlcli.backbones.image_sizes import ImageSizeError
 from tlcli.backbones.initialise import BATCH_NORMS
@@ -206,7 +205,13 @@ def build(
     if options.random_init or options.weights:
         model = _create(name, spec.architecture, num_classes=0, pretrained_cfg=cfg, **(arguments | rates))
         if options.weights:
-            weights.load_weights(model, options.weights, name, _converter(model))
+            weights.load_weights(
+                model,
+                options.weights,
+                name,
+                foreign.conversions(model, spec.architecture),
+                options.weights_key,
+            )
     else:
         model = _pretrained(name, spec, cfg, arguments | rates, source_arguments | rates)
     gone = ("state_dict", "file", "url", "source", "hf_hub_id", "hf_hub_filename")
@@ -323,10 +328,3 @@ def build_error(name: str, architecture: str, error: BackboneError, given: Mappi
             hint="The arguments are those of the network's class in timm; leave out what it does not take.",
         )
     return error
-
-
-def _converter(model: nn.Module) -> Callable[[StateDict], StateDict] | None:
-    """Return timm's converter of foreign checkpoints for this architecture, where it has one."""
-    module = importlib.import_module(type(model).__module__)
-    convert = getattr(module, "checkpoint_filter_fn", None)
-    return None if convert is None else lambda state: dict(convert(state, model))

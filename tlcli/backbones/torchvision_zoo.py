@@ -74,6 +74,7 @@ def build(
     name: str,
     *,
     weights_file: str | None = None,
+    weights_key: str | None = None,
     random_init: bool = False,
     image_size: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
@@ -82,6 +83,7 @@ def build(
     Args:
         name: With the prefix, such as "torchvision/resnet18" or "torchvision/resnet50.imagenet1k_v1".
         weights_file: Weights to use instead of torchvision's.
+        weights_key: Which of several sets of tensors in that file is meant.
         random_init: Load no weights.
         image_size: Height and width of the images in pixels; vision transformers alone are built for one.
 
@@ -100,7 +102,8 @@ def build(
     model = headless(short, arguments)
     if weights_file or not random_init:
         path = weights_file or hub.url_file(wanted.url, name)
-        weights.load_weights(model, path, name, partial(_convert, short, model, arguments))
+        older = weights.Conversion("torchvision's own conversion", partial(_convert, short, model, arguments))
+        weights.load_weights(model, path, name, [older], weights_key)
     return {
         "model": model,
         "preprocess": preprocess,

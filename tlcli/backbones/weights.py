@@ -1,119 +1,92 @@
-"""Fitting the tensors of a weights file to a network, by names and shapes."""
+"""Loading a weights file into a network: which of its tensors, whether they fit, and what is said."""
 
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from tlcli.backbones.weights_file import StateDict, read_state_dict, some
+from tlcli.backbones import numbered
+from tlcli.backbones.checkpoint import Checkpoint, flatten
+from tlcli.backbones.guess import guess
+from tlcli.backbones.matching import MATCH_RATE, Match, Target, below, candidates, roots, under
+from tlcli.backbones.weights_file import StateDict, read_checkpoint, some
 from tlcli.errors import BackboneError
 from tlcli.machine.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-MATCH_RATE = 0.95
-"""Share of a backbone's tensors, and of its values, that a weights file must hold to be accepted."""
-
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
-"""What wrappers and training scripts put before every name."""
-
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.bool)  # counters, and the index tables of some transformers
-NOT_COUNTED = "num_batches_tracked"  # a counter that old checkpoints lack and evaluation does not use
 
-
-WRONG_ARCHITECTURE = "Name the architecture they were trained with; `tlcli backbones list` shows the names."
+SHOWS = "`tlcli backbones list` shows the names."
+TOP = "."
+"""How --weights-key names the tensors that lie at the top of a file, without any prefix."""
 
 
 @dataclass(frozen=True)
-class Match:
-    """How a state dict fits a network.
+class Conversion:
+    """One way from a foreign checkpoint to the network's names.
 
     Attributes:
-        tensors: The fitting tensors, under the network's names.
-        missing: Names the network has and the file lacks (counters left out).
-        wrong_shape: Name -> (shape in the file, shape in the network).
-        unused: Names of the file that the network does not have.
-        rate: Share of the network's tensors, or of its values where that is less, that fit; in [0, 1].
-        stripped: The prefix removed from the file's names.
+        how: What it is, for the log.
+        convert: Takes the tensors below one prefix of the file; returns None, or raises anything, where it is
+            not meant for them.
+        whole: It takes the file as a whole and needs time, so that it comes last.
     """
 
-    tensors: StateDict
-    missing: tuple[str, ...]
-    wrong_shape: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
-    unused: tuple[str, ...]
-    rate: float
-    stripped: str
+    how: str
+    convert: Callable[[StateDict], StateDict | None]
+    whole: bool = False
 
 
 def match(state: StateDict, model: nn.Module) -> Match:
-    """Fit `state` to `model`, trying the prefixes that wrappers add; the best fit is returned."""
-    wanted = model.state_dict()
-    candidates = frontier = [""]
-    for _ in range(3):  # as deep as wrappers nest in practice: module._orig_mod.backbone.
-        frontier = [
-            prefix + more
-            for prefix in frontier
-            for more in PREFIXES
-            if any(name.startswith(prefix + more) for name in state)
-        ]
-        candidates = candidates + frontier
-    found = [_match_names(state, wanted, prefix) for prefix in candidates]
-    return max(found, key=lambda one: (one.rate, len(one.tensors) + len(one.wrong_shape)))
+    """Fit `state` to `model` by the ends of its names; the best fit is returned."""
+    return candidates(state, Target.of(model))[0]
 
 
 def load_weights(
     model: nn.Module,
     path: str | os.PathLike[str],
     name: str,
-    convert: Callable[[StateDict], StateDict] | None = None,
+    conversions: Sequence[Conversion] = (),
+    key: str | None = None,
 ) -> None:
     """Load a weights file into a headless backbone, in place.
 
-    A classifier in the file is ignored. Prefixes are stripped and logged.
+    A classifier in the file, and whatever else it holds beside the network, is ignored. What was done to make
+    the file fit is logged.
 
     Args:
         model: The backbone, whose state dict names the tensors wanted.
         path: The weights file.
         name: What the user called the backbone, for messages.
-        convert: Renames and reshapes a foreign checkpoint into the model's form; tried when names differ.
+        conversions: Ways to rename and reshape a foreign checkpoint, tried in turn when names differ.
+        key: Which of several sets of tensors in the file is meant, as --weights-key has it.
 
     Raises:
-        BackboneError: The file cannot be read, has tensors of wrong shapes, fits less than 95 % of the
-            backbone, or holds quantised, sparse or non-finite values.
+        BackboneError: The file cannot be read, has tensors of wrong shapes, is of a deeper network, fits less
+            than 95 % of the backbone, holds two sets that fit, or quantised, sparse or non-finite values.
     """
-    state = read_state_dict(path)
-    found = match(state, model)
-    if convert is not None and (found.rate < 1.0 or found.wrong_shape):
-        plain = {key.removeprefix(found.stripped): value for key, value in state.items()}
-        try:
-            converted = match(convert(plain), model)
-        except (
-            Exception
-        ) as error:  # converters are written for their own checkpoints and fail freely on others
-            if is_out_of_memory(error):
-                raise
-            logger.debug("%s: its checkpoint converter failed: %s", name, error)
-        else:
-            if converted.rate > found.rate:
-                found = converted
-    check_match(found, path, name)
-    if found.stripped:
-        logger.info("Removed the prefix %r from the names in %s.", found.stripped, path)
-    if found.missing:
-        logger.warning(
-            "%s lacks %d tensors of %s (%s); they keep their initial values.",
-            path,
-            len(found.missing),
-            name,
-            some(found.missing),
+    checkpoint = flatten(read_checkpoint(path))
+    if not checkpoint.tensors:
+        raise BackboneError(
+            f"Weights {str(path)!r} hold no state dict: there is not one tensor in the file.",
+            hint="Expected a mapping of names to tensors, such as the network's state_dict().",
         )
-    if found.unused:
-        logger.debug("%s: not used: %s", path, ", ".join(found.unused))
+    if key is not None:
+        checkpoint = _keyed(checkpoint, key)
+    target = Target.of(model)
+    matches = _search(checkpoint.tensors, target, conversions)
+    if key is not None:
+        matches = _named(matches, key, checkpoint, path)
+    check_match(matches[0], path, name, checkpoint.tensors)
+    found = _chosen(matches, path, name)
+    _tell(found, matches, checkpoint, path, name)
     check_plain(found.tensors, path)
     check_finite(found.tensors, path)
     check_kinds(found.tensors, model, path)
@@ -122,28 +95,234 @@ def load_weights(
     model.load_state_dict(state)
 
 
-def check_match(found: Match, path: str | os.PathLike[str], name: str) -> None:
-    """Refuse a poor fit, naming counts and examples.
+def _search(state: StateDict, target: Target, conversions: Sequence[Conversion]) -> list[Match]:
+    """Return every way in which tensors of the file fit, best first; slow ways only where others fail."""
+    found = numbered.matches(state, target)
+    if not found[0].complete:
+        places = list(roots(state, target))
+        for conversion in (one for one in conversions if not one.whole):
+            for root in places:
+                found += _converted(below(state, root), target, conversion, root)
+    if not any(one.accepted for one in found):
+        for conversion in (one for one in conversions if one.whole):
+            found += _converted(state, target, conversion, "")
+    return sorted(found, key=lambda one: one.order, reverse=True)
+
+
+def _converted(state: StateDict, target: Target, conversion: Conversion, root: str) -> list[Match]:
+    try:
+        named = conversion.convert(state)
+        return [under(root, one, conversion.how) for one in candidates(named, target)] if named else []
+    except Exception as error:  # conversions are written for their own checkpoints, and fail freely on others
+        if is_out_of_memory(error):
+            raise
+        logger.debug("%s did not apply below %r: %s", conversion.how, root, error)
+        return []
+
+
+# ---- one of several ---------------------------------------------------------------------------------------
+
+AVERAGED = {"ema", "swa", "averaged", "average", "avg", "shadow"}
+USUAL = {
+    *("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "module"),
+    *("_orig_mod", "backbone", "encoder"),
+}
+"""Names under which training scripts of timm and torchvision nest tensors."""
+
+
+def _key(found: Match) -> str:
+    return found.prefix.removesuffix(".") or TOP
+
+
+def _keyed(checkpoint: Checkpoint, key: str) -> Checkpoint:
+    """Return what --weights-key leaves of a file; a prefix that holds other words inside keeps it whole."""
+    start = "" if key.rstrip(".") == "" else key.rstrip(".") + "."
+    part = checkpoint.below(start)
+    return part if part.tensors else checkpoint
+
+
+def _named(
+    matches: list[Match], key: str, checkpoint: Checkpoint, path: str | os.PathLike[str]
+) -> list[Match]:
+    """Return the matches that --weights-key names, or all where the file was reduced to what lies below it.
 
     Raises:
-        BackboneError: A tensor has the wrong shape, or the match rate is below 95 %.
+        BackboneError: Nothing in the file has this name.
     """
+    wanted = key.rstrip(".") or TOP
+    if exact := [one for one in matches if _key(one) == wanted]:
+        return exact
+    if wanted != TOP and all(name.startswith(wanted + ".") for name in checkpoint.tensors):
+        return matches
+    fitting = list(dict.fromkeys(_key(one) for one in matches if one.accepted))
+    known = fitting or list(dict.fromkeys(name.partition(".")[0] for name in checkpoint.tensors))
+    raise BackboneError(
+        f"Weights {str(path)!r} hold nothing that fits under the key {key!r}.",
+        hint=f"There is {some(known, 6)}. Leave --weights-key out where one network is in the file.",
+    )
+
+
+def _chosen(matches: list[Match], path: str | os.PathLike[str], name: str) -> Match:
+    """Return the best match, where it is the only one or the others hold the same values.
+
+    Averaged weights are preferred to the raw ones of the same training, as timm does.
+
+    Raises:
+        BackboneError: Two sets of tensors fit equally well and differ.
+    """
+    best = matches[0]
+    rivals = [best]
+    for other in matches[1:]:
+        if other.order[:2] == best.order[:2] and not any(_equal(other, one) for one in rivals):
+            rivals.append(other)
+    if len(rivals) == 1:
+        return best
+    averaged = [one for one in rivals if _is_averaged(one)]
+    raw = [one for one in rivals if not _is_averaged(one)]
+    if len(averaged) == 1 and len(raw) == 1:
+        first, second = averaged[0], raw[0]
+        if _is_usual(second) and not _is_usual(first):
+            first, second = second, first
+        kinds = ("averaged", "raw") if first is averaged[0] else ("raw", "averaged")
+        logger.warning(
+            "%s holds averaged (EMA) and raw weights; the %s ones are used (%s). "
+            "--weights-key %s takes the %s ones.",
+            path,
+            kinds[0],
+            _key(first),
+            shlex.quote(_key(second)),
+            kinds[1],
+        )
+        return first
+    keys = [_key(one) for one in rivals]
+    raise BackboneError(
+        f"Weights {str(path)!r} hold {len(keys)} networks that fit {name} and differ: {', '.join(keys)}.",
+        hint=f"Choose one: {' or '.join(f'--weights-key {shlex.quote(key)}' for key in keys)}.",
+    )
+
+
+def _equal(one: Match, other: Match) -> bool:
+    names = one.tensors.keys() & other.tensors.keys()
+    return bool(names) and all(
+        one.tensors[name] is other.tensors[name] or torch.equal(one.tensors[name], other.tensors[name])
+        for name in names
+        if one.tensors[name].layout == other.tensors[name].layout == torch.strided
+    )
+
+
+def _is_averaged(found: Match) -> bool:
+    words = found.prefix.lower().replace("_", ".").replace("-", ".").split(".")
+    return not AVERAGED.isdisjoint(words)
+
+
+def _is_usual(found: Match) -> bool:
+    return all(part in USUAL for part in found.prefix.split(".") if part)
+
+
+# ---- what is said -----------------------------------------------------------------------------------------
+
+
+def _tell(
+    found: Match, matches: list[Match], checkpoint: Checkpoint, path: str | os.PathLike[str], name: str
+) -> None:
+    """Log what was done to make a file fit."""
+    if stripped := checkpoint.prefix_of_names(found.prefix):
+        logger.info("Removed the prefix %r from the names in %s.", stripped, path)
+    if found.how:
+        logger.info("Matched the tensors of %s to %s by %s.", path, name, found.how)
+    for layer, channels in found.channels.items():
+        logger.warning(
+            "%s is for images of %d channels; its first layer (%s) was adapted to three, as timm does.",
+            path,
+            channels,
+            layer,
+        )
+    for other in matches:
+        if other.prefix == found.prefix and other is not found:
+            for changed, (have, want) in other.wrong_shape.items():
+                if changed in found.tensors and "pos" in changed:
+                    logger.warning(
+                        "%s is of another image size: %s was resampled from %s to %s.",
+                        path, changed, list(have), list(want),
+                    )  # fmt: skip
+            break
+    if found.missing:
+        logger.warning(
+            "%s lacks %d tensors of %s (%s); they keep their initial values.",
+            path,
+            len(found.missing),
+            name,
+            some(found.missing),
+        )
+    if found.surplus:
+        logger.warning(
+            "%s holds %d tensors inside %s that it does not have (%s); they are left out.",
+            path,
+            len(found.surplus),
+            name,
+            some(found.surplus),
+        )
+    if found.unused:
+        logger.debug("%s: not used: %s", path, ", ".join(found.unused))
+
+
+def check_match(
+    found: Match, path: str | os.PathLike[str], name: str, state: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Refuse a poor fit, naming counts, examples, and the architecture that the file looks like.
+
+    Args:
+        found: How the file fits.
+        path: The file.
+        name: What the user called the backbone.
+        state: Everything in the file, from which the architecture is guessed.
+
+    Raises:
+        BackboneError: A tensor has the wrong shape, the network would have to be deeper, or the match rate is
+            below 95 %.
+    """
+    if found.accepted:
+        return
     total = len(found.missing) + len(found.wrong_shape) + len(found.tensors)
     named = len(found.wrong_shape) + len(found.tensors)
+    start = f"Weights {str(path)!r}"
     if found.wrong_shape and named > total / 2:
         key, (have, want) = next(iter(found.wrong_shape.items()))
-        raise BackboneError(
-            f"Weights {str(path)!r} are not for {name}: {len(found.wrong_shape)} tensors have another shape, "
-            f"such as {key!r} ({list(have)} in the file, {list(want)} in the network).",
-            hint=WRONG_ARCHITECTURE,
+        what = (
+            f"{start} are not for {name}: {len(found.wrong_shape)} tensors have another shape, such as "
+            f"{key!r} ({list(have)} in the file, {list(want)} in the network)."
         )
-    if found.wrong_shape or found.rate < MATCH_RATE:
-        examples = f"The network wants {some(found.missing)}; the file has {some(found.unused) or 'no more'}."
-        raise BackboneError(
-            f"Weights {str(path)!r} fit only {found.rate:.0%} of {name}: {len(found.tensors)} of {total} "
-            f"tensors were found, at least {MATCH_RATE:.0%} are expected. {examples}",
-            hint=WRONG_ARCHITECTURE,
+    elif found.deeper and len(found.missing) < total / 2:
+        what = (
+            f"{start} are of a deeper network than {name}: the file has {len(found.deeper)} tensors of "
+            f"further blocks, such as {found.deeper[0]!r}."
         )
+    elif found.surplus and not found.missing:
+        what = (
+            f"{start} are of another network than {name}: the file has {len(found.surplus)} tensors inside "
+            f"its parts that it does not have, such as {found.surplus[0]!r}."
+        )
+    else:
+        more = f" It has {len(found.surplus)} too many inside the network." if found.surplus else ""
+        what = (
+            f"{start} fit only {found.rate:.0%} of {name}: {len(found.tensors)} of {total} tensors were "
+            f"found, at least {MATCH_RATE:.0%} are expected. The network wants "
+            f"{some(found.missing) or 'no more'}; the file has {some(found.unused) or 'no more'}.{more}"
+        )
+    likely = guess(dict(state), near=name) if state else None
+    if likely == name.partition(".")[0]:
+        hint = (
+            f"They fit {likely} as it is by itself: leave out --model-kwargs, or give those of its training."
+        )
+    elif likely:
+        what += f" These look like the weights of {likely}."
+        written = f"--backbone {likely} --weights {shlex.quote(str(path))}"
+        hint = f"Name the architecture they were trained with: {written}. {SHOWS}"
+    elif found.rate > 0.5 and not found.wrong_shape and not found.surplus:
+        hint = "The file is incomplete; save the network's whole state_dict() and use that."
+    else:
+        hint = f"Name the architecture they were trained with; {SHOWS}"
+    raise BackboneError(what, hint=hint)
 
 
 def check_plain(state: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
@@ -202,25 +381,3 @@ def _oddity(tensor: torch.Tensor) -> str | None:
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         return f"said to hold {tensor.numel():,} values, of which few are stored"
     return None
-
-
-def _match_names(state: StateDict, wanted: StateDict, prefix: str) -> Match:
-    tensors: StateDict = {}
-    wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-    unused = []
-    for key, value in state.items():
-        name = key.removeprefix(prefix)
-        if name not in wanted:
-            unused.append(key)
-        elif tuple(value.shape) != tuple(wanted[name].shape):
-            wrong[name] = (tuple(value.shape), tuple(wanted[name].shape))
-        else:
-            tensors[name] = value
-    counted = {name: tensor.numel() for name, tensor in wanted.items() if not name.endswith(NOT_COUNTED)}
-    hits = [name for name in tensors if name in counted]
-    rate = min(
-        len(hits) / max(1, len(counted)),
-        sum(counted[name] for name in hits) / max(1, sum(counted.values())),
-    )
-    missing = tuple(name for name in counted if name not in tensors and name not in wrong)
-    return Match(tensors, missing, wrong, tuple(unused), rate, prefix)

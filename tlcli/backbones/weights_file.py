@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickle
+import shlex
 import stat
 import struct
 import warnings
@@ -40,12 +41,30 @@ LOCAL_HEADER_BYTES = 30  # of each record of a zip, before its name
 PICKLE = b"\x80"  # how every pickle since protocol 2 begins
 
 CONVERT = (
-    'Where you trust the file, convert it once: python -c "import torch; '
-    "from safetensors.torch import save_file; "
-    "d = torch.load('FILE', weights_only=False); d = d.get('state_dict', d); "
-    "save_file({k: v.contiguous() for k, v in d.items()}, 'FILE.safetensors')\" "
-    "(this runs code the file may hold)."
+    "import sys, torch; from safetensors.torch import save_file; "
+    "d = torch.load(sys.argv[1], map_location='cpu', weights_only=False); "
+    "f = lambda o, p='': {p[:-1]: o.detach().contiguous().clone()} if torch.is_tensor(o) else "
+    "{k: t for n, x in (o.state_dict() if hasattr(o, 'state_dict') else o if isinstance(o, dict) else "
+    "dict(enumerate(o)) if isinstance(o, (list, tuple)) else {}).items() "
+    "for k, t in f(x, f'{p}{n}.').items()}; "
+    "save_file(f(d), sys.argv[1] + '.safetensors')"
 )
+"""A program that gathers every tensor of a file, wherever it is nested, and runs what the file may hold."""
+
+UNSCRIPT = (
+    "import sys, torch; from safetensors.torch import save_file; "
+    "d = torch.jit.load(sys.argv[1], map_location='cpu').state_dict(); "
+    "save_file({k: t.contiguous().clone() for k, t in d.items()}, sys.argv[1] + '.safetensors')"
+)
+"""The same for a TorchScript program."""
+
+
+def how_to_convert(path: str | os.PathLike[str], program: str = CONVERT) -> str:
+    """Return a hint with the command that makes a safetensors file of one that is not read here."""
+    return (
+        f'Where you trust the file, convert it once: python -c "{program}" {shlex.quote(str(path))} '
+        f"(this runs code the file may hold), and use {str(path) + '.safetensors'!r}."
+    )
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
@@ -53,6 +72,18 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
 
     Tensors nested under `state_dict`, `model` and the like are unwrapped; entries that are no tensors
     (optimiser state, arguments) are left out.
+
+    Args:
+        path: A regular file: safetensors, a zip written by `torch.save`, or its older format.
+
+    Raises:
+        BackboneError: The file is missing, damaged, compressed, or holds more than tensors.
+    """
+    return _unwrap(read_checkpoint(path), Path(path))
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """Return what a safetensors or PyTorch weights file holds, on the CPU: tensors and plain data, as nested.
 
     Args:
         path: A regular file: safetensors, a zip written by `torch.save`, or its older format.
@@ -69,22 +100,20 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
         )
     if head.startswith(b"PK\x03\x04"):
         _check_zip(path)
-        loaded = _torch_load(path)
-    elif _is_safetensors(head):
-        loaded = _load_safetensors(path)
-    elif _is_tar(path, head):
+        return _torch_load(path)
+    if _is_safetensors(head):
+        return _load_safetensors(path)
+    if _is_tar(path, head):
         raise BackboneError(
             f"Weights {str(path)!r} are in the tar format of PyTorch before 0.1.10, which can run code.",
-            hint=CONVERT,
+            hint=how_to_convert(path),
         )
-    elif head.startswith(PICKLE):
-        loaded = _torch_load(path)
-    else:
-        raise BackboneError(
-            f"Weights {str(path)!r} are neither a safetensors file nor one of torch.save.",
-            hint="Expected a .safetensors, .pth or .pt file; was a web page saved in its place?",
-        )
-    return _unwrap(loaded, path)
+    if head.startswith(PICKLE):
+        return _torch_load(path)
+    raise BackboneError(
+        f"Weights {str(path)!r} are neither a safetensors file nor one of torch.save.",
+        hint="Expected a .safetensors, .pth or .pt file; was a web page saved in its place?",
+    )
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -193,7 +222,7 @@ def _check_zip(path: Path) -> None:
     if any("/code/" in record.filename for record in records):
         raise BackboneError(
             f"Weights {str(path)!r} are a TorchScript program, not a state dict.",
-            hint="Save torch.jit.load(FILE).state_dict() where you trust the file, and use that.",
+            hint=how_to_convert(path, UNSCRIPT),
         )
     if what := _odd_record(records, size):
         raise BackboneError(
@@ -228,7 +257,7 @@ def _torch_load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise BackboneError(
             f"Weights {str(path)!r} hold more than tensors{_foreign(path)}, and loading them could run code.",
-            hint=CONVERT,
+            hint=how_to_convert(path),
         ) from error
     except Exception as error:  # a damaged or foreign file can fail anywhere in the unpickler
         if is_out_of_memory(error):

@@ -68,7 +68,7 @@ def _load(options: BackboneOptions, name: str, drop_path: float) -> Backbone:
             raise UsageError(
                 f"{name} takes no --model-kwargs.", hint="Leave it out, or use a network of timm's."
             )
-        backbone = _build_other(name, given, options.weights, options.random_init, options.height_width)
+        backbone = _build_other(name, given, options)
     else:
         spec = timm_spec(name, offline=options.random_init)
         try:
@@ -100,10 +100,10 @@ def load_stored(architecture: str, arguments: Mapping[str, Any], weights_file: s
     """
     given = {key: value for key, value in arguments.items() if key != "image_size"}
     side = arguments.get("image_size")
-    size = (side, side) if side else None
-    backbone = _build_other(architecture, given, weights_file, weights_file is None, size)
-    if size:
-        backbone.preprocess = dataclasses.replace(backbone.preprocess, image_size=size)
+    stored = BackboneOptions(weights=weights_file, random_init=weights_file is None, image_size=side)
+    backbone = _build_other(architecture, given, stored)
+    if side:
+        backbone.preprocess = dataclasses.replace(backbone.preprocess, image_size=(side, side))
     _set_drop_path(backbone, 0.0)
     backbone.model.eval()
     backbone.num_features = _check_forward(backbone)
@@ -113,26 +113,22 @@ def load_stored(architecture: str, arguments: Mapping[str, Any], weights_file: s
 # ---- building --------------------------------------------------------------------------------------------
 
 
-def _build_other(
-    name: str,
-    given: dict[str, Any],
-    weights_file: str | None,
-    random_init: bool,
-    image_size: tuple[int, int] | None,
-) -> Backbone:
+def _build_other(name: str, given: dict[str, Any], options: BackboneOptions) -> Backbone:
     """Build a classic network, or one of torchvision, which takes no arguments."""
+    chosen: dict[str, Any] = {
+        "weights_file": options.weights,
+        "weights_key": options.weights_key,
+        "random_init": options.random_init,
+        "image_size": options.height_width,
+    }
     if name.startswith("classic/"):
         from tlcli.backbones import classic
 
-        parts = classic.build(
-            name, given, weights_file=weights_file, random_init=random_init, image_size=image_size
-        )
+        parts = classic.build(name, given, **chosen)
         return Backbone(name=name, architecture=name, num_features=0, origin="classic", **parts)
     from tlcli.backbones import torchvision_zoo
 
-    parts = torchvision_zoo.build(
-        name, weights_file=weights_file, random_init=random_init, image_size=image_size
-    )
+    parts = torchvision_zoo.build(name, **chosen)
     architecture = name.partition(".")[0]
     return Backbone(name=name, architecture=architecture, num_features=0, origin="torchvision", **parts)
 

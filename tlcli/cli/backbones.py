@@ -84,6 +84,7 @@ def show(out: Output, config: BackbonesShowConfig) -> None:
     options = BackboneOptions(
         backbone=config.backbone,
         weights=config.weights,
+        weights_key=config.weights_key,
         random_init=config.random_init or (config.backbone.startswith("classic/") and not config.weights),
         model_kwargs=config.model_kwargs,
         image_size=config.image_size,

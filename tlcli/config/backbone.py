@@ -148,6 +148,11 @@ class BackboneOptions(Options):
     weights: str | None = option(
         None, "Weights for the named architecture: a .safetensors, .pth or .pt file.", metavar="FILE"
     )
+    weights_key: str | None = option(
+        None,
+        "Which of several networks in that file is meant, as the message that lists them names it.",
+        metavar="KEY",
+    )
     random_init: bool = option(False, "Leave the weights random (a baseline; no hub is asked).")
     model_kwargs: str | None = option(
         None,

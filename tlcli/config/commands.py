@@ -280,6 +280,7 @@ class BackbonesShowConfig(Options):
 
     backbone: str | None = argument(None, "Backbone, spelled as for --backbone.", "NAME")
     weights: str | None = same(BackboneOptions, "weights")
+    weights_key: str | None = same(BackboneOptions, "weights_key")
     random_init: bool = option(False, "Do not load weights: the table does not depend on them.")
     model_kwargs: str | None = same(BackboneOptions, "model_kwargs")
     image_size: str | int | None = same(BackboneOptions, "image_size")

@@ -16,6 +16,8 @@ BORROWED: dict[str, str] = {
     "torch.nn.Module._non_persistent_buffers_set": "keeps them out of its state dict",
     "torchvision.models.feature_extraction._set_default_tracer_kwargs": "the leaf modules it traces with",
     "timm.models._builder": "whether build_model_with_cfg takes pretrained_model_args; timm 1.0.20 does not",
+    "timm.models.regnet._filter_fn": "one of the names of timm's filters of foreign checkpoints",
+    "timm.models.densenet._filter_torchvision_pretrained": "likewise",
     "timm.optim.lookahead.Lookahead._base_optimizer": "the name of the optimiser that Lookahead wraps",
     "accelerate.state.AcceleratorState._reset_state": "several trainings in one process, with other types",
     "accelerate.state.PartialState._reset_state": "likewise",
