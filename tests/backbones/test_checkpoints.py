@@ -43,10 +43,11 @@ def load(tmp_path):
     """Return `load(name, content, key) -> network`, which loads a checkpoint into a fresh network."""
 
     def run(name, content, key=None, **arguments):
-        torch.save(content, tmp_path / "weights.pth")
+        path = tmp_path / "weights.pth"
+        torch.save(content, path)
         torch.manual_seed(2)
         target = timm.create_model(name, num_classes=0, **{**SIZES.get(name, {}), **arguments})
-        load_weights(target, tmp_path / "weights.pth", name, foreign.conversions(target, name), key)
+        load_weights(target, path, name, foreign.conversions(target, name, path), key)
         return target
 
     return run

@@ -10,10 +10,12 @@ import copy
 import importlib
 import inspect
 import logging
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -22,6 +24,7 @@ from torch import nn
 
 from tlcli.backbones import torchvision_zoo
 from tlcli.backbones.guess import guess
+from tlcli.backbones.jax_weights import from_jax
 from tlcli.backbones.matching import Target, candidates
 from tlcli.backbones.weights import Conversion
 from tlcli.backbones.weights_file import StateDict
@@ -44,17 +47,19 @@ SAME_FEATURES = 1e-3
 Converter = Callable[[StateDict], StateDict]
 
 
-def conversions(model: nn.Module, architecture: str) -> list[Conversion]:
+def conversions(model: nn.Module, architecture: str, path: str | os.PathLike[str]) -> list[Conversion]:
     """Return what to try on a checkpoint whose names are not timm's.
 
     Args:
         model: The headless network, whose weights are not set.
         architecture: timm's name.
+        path: The checkpoint, which timm's loaders of JAX weights read themselves.
     """
     filters = [_filtered(function, model) for function in _filters(model, architecture)]
     found = [Conversion("timm's own conversion", one) for one in filters]
     for one in filters or [dict]:
         found.append(Conversion("the names of transformers", partial(_from_transformers, one)))
+    found.append(Conversion("the names of JAX", partial(from_jax, model, Path(path))))
     matched = "the order of torchvision's network, whose features it gives"
     return [*found, Conversion(matched, partial(_from_torchvision, model), whole=True)]
 

@@ -6,6 +6,7 @@ Nothing is built or loaded here. A hub is asked for a configuration only by hf-h
 import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -90,6 +91,9 @@ def _local_spec(folder: Path, origin: Origin) -> TimmSpec:
     if not config.is_file():
         what = "no such folder" if not folder.is_dir() else "it has no config.json"
         hint = "Expected timm's format: config.json and model.safetensors, as tlcli and timm write it."
+        if folder.is_file():
+            what = "it is a file"
+            hint = f"For a weights file write --backbone ARCH --weights {shlex.quote(str(folder))}."
         if origin == "bundled":
             hint = "The installation is incomplete; install tlcli again."
         raise BackboneError(f"Backbone folder {str(folder)!r} cannot be used: {what}.", hint=hint)

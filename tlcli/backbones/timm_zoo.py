@@ -205,13 +205,8 @@ def build(
     if options.random_init or options.weights:
         model = _create(name, spec.architecture, num_classes=0, pretrained_cfg=cfg, **(arguments | rates))
         if options.weights:
-            weights.load_weights(
-                model,
-                options.weights,
-                name,
-                foreign.conversions(model, spec.architecture),
-                options.weights_key,
-            )
+            ways = foreign.conversions(model, spec.architecture, options.weights)
+            weights.load_weights(model, options.weights, name, ways, options.weights_key)
     else:
         model = _pretrained(name, spec, cfg, arguments | rates, source_arguments | rates)
     gone = ("state_dict", "file", "url", "source", "hf_hub_id", "hf_hub_filename")

@@ -49,6 +49,15 @@ def match(state: StateDict, model: nn.Module) -> Match:
     return candidates(state, Target.of(model))[0]
 
 
+def architecture_of(path: str | os.PathLike[str]) -> str | None:
+    """Return the architecture that a weights file looks like, or None where that cannot be told."""
+    try:
+        return guess(flatten(read_checkpoint(path)).tensors)
+    except BackboneError as error:
+        logger.debug("%s: %s", path, error)
+        return None
+
+
 def load_weights(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -309,7 +318,7 @@ def check_match(
             f"found, at least {MATCH_RATE:.0%} are expected. The network wants "
             f"{some(found.missing) or 'no more'}; the file has {some(found.unused) or 'no more'}.{more}"
         )
-    likely = guess(dict(state), near=name) if state else None
+    likely = guess(dict(state), near=name) if state and not any("/" in key for key in state) else None
     if likely == name.partition(".")[0]:
         hint = (
             f"They fit {likely} as it is by itself: leave out --model-kwargs, or give those of its training."

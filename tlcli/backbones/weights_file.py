@@ -1,4 +1,4 @@
-"""Reading a file of weights without trusting it: safetensors, and pickles of tensors alone.
+"""Reading a file of weights without trusting it: safetensors, numpy, and pickles of tensors alone.
 
 A file is recognised by its content, never by its suffix. Nothing in it is executed: pickles go through
 `torch.load(weights_only=True)`, and what that refuses is refused here, with the way to convert it. Sizes are
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from tlcli.backbones.npz_file import is_npz, read_npz
 from tlcli.errors import BackboneError
 from tlcli.machine.memory import is_out_of_memory
 
@@ -83,10 +84,10 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Any:
-    """Return what a safetensors or PyTorch weights file holds, on the CPU: tensors and plain data, as nested.
+    """Return what a weights file holds, on the CPU: tensors and plain data, as nested.
 
     Args:
-        path: A regular file: safetensors, a zip written by `torch.save`, or its older format.
+        path: A regular file: safetensors, a zip written by `torch.save`, its older format, or `.npz`.
 
     Raises:
         BackboneError: The file is missing, damaged, compressed, or holds more than tensors.
@@ -99,6 +100,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
             hint="Fetch the file with `git lfs pull`, or download it again.",
         )
     if head.startswith(b"PK\x03\x04"):
+        if is_npz(path):
+            return read_npz(path)
         _check_zip(path)
         return _torch_load(path)
     if _is_safetensors(head):
@@ -112,7 +115,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         return _torch_load(path)
     raise BackboneError(
         f"Weights {str(path)!r} are neither a safetensors file nor one of torch.save.",
-        hint="Expected a .safetensors, .pth or .pt file; was a web page saved in its place?",
+        hint="Expected a .safetensors, .pth, .pt or .npz file; was a web page saved in its place?",
     )
 
 

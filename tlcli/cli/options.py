@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from tlcli.cli.output import Output
-from tlcli.config.backbone import BackboneOptions, FeatureOptions
+from tlcli.config.backbone import BackboneOptions, FeatureOptions, WeightsFileError
 from tlcli.config.data import AugmentOptions, DataOptions
 from tlcli.config.fields import long_name
 from tlcli.config.head import HeadOptions
@@ -70,6 +70,8 @@ def command(
                 raise Interrupted(interrupting_signal, **({"hint": notes[-1]} if notes else {})) from None
             except BrokenPipeError:  # typer would end with 1, the code of a bug
                 raise ReaderGone from None
+            except WeightsFileError as error:
+                raise _with_architecture(error) from None
             except CheckFailed as failed:
                 if not out.printed:
                     out.result(f"{function.__name__}.check", failed.document)
@@ -92,6 +94,15 @@ def command(
         return run
 
     return decorate
+
+
+def _with_architecture(error: WeightsFileError) -> WeightsFileError:
+    """Return the error with the architecture that the file looks like, where it can be read safely."""
+    from tlcli.backbones.weights import architecture_of
+
+    if not os.path.isfile(error.path):
+        return error
+    return WeightsFileError(error.path, error.name, architecture_of(error.path))
 
 
 def _fields(config_type: type) -> list[inspect.Parameter]:

@@ -1,6 +1,8 @@
 """Options of the backbone: which network, its images, how its features are computed and kept."""
 
+import os
 import re
+import shlex
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -57,11 +59,38 @@ class BackboneName:
     rest: str
 
 
+WEIGHTS_FILES = (".pth", ".pt", ".pth.tar", ".bin", ".ckpt", ".safetensors", ".npz", ".t7", ".pkl", ".h5")
+"""How the names of weights files end; no name of a backbone ends so."""
+
+
+class WeightsFileError(UsageError):
+    """A weights file was given where a backbone's name is expected.
+
+    Args:
+        path: The file, which need not exist.
+        name: The option.
+        architecture: What to name, where that is known.
+    """
+
+    def __init__(self, path: str, name: str, architecture: str | None = None) -> None:
+        looks = f" These look like the weights of {architecture}." if architecture else ""
+        super().__init__(
+            f"{name} {path!r} is a weights file; the name of an architecture is expected.{looks}",
+            hint=f"Write --backbone {architecture or 'ARCH'} --weights {shlex.quote(path)}"
+            + (
+                "."
+                if architecture
+                else ", with the architecture that the weights were trained with for ARCH."
+            ),
+        )
+        self.path, self.name = path, name
+
+
 def parse_backbone(text: str, name: str = "--backbone") -> BackboneName:
     """Return what a backbone's name says about where it comes from; whether it is there is not looked up.
 
     Raises:
-        UsageError: It has a prefix that does not exist.
+        UsageError: It has a prefix that does not exist, or is a weights file.
     """
     if text == "bundled":
         return BackboneName("bundled", text)
@@ -69,6 +98,8 @@ def parse_backbone(text: str, name: str = "--backbone") -> BackboneName:
         mark = {"local-dir": ":", "hf-hub": ":", "torchvision": "/", "classic": "/"}.get(origin)
         if mark and text.startswith(prefix := origin + mark) and len(text) > len(prefix):
             return BackboneName(origin, text.removeprefix(prefix))
+    if text.lower().endswith(WEIGHTS_FILES) or (any(sign in text for sign in "/\\") and os.path.isfile(text)):
+        raise WeightsFileError(text, name)
     if any(sign in text for sign in "/\\:"):
         hint = f"For a folder write local-dir:{text}; for a hub repository hf-hub:{text}."
         if text.startswith(("torchvision", "timm/", "timm:")):
@@ -146,7 +177,7 @@ class BackboneOptions(Options):
         parse=parse_backbone,
     )
     weights: str | None = option(
-        None, "Weights for the named architecture: a .safetensors, .pth or .pt file.", metavar="FILE"
+        None, "Weights for the named architecture: a .safetensors, .pth, .pt or .npz file.", metavar="FILE"
     )
     weights_key: str | None = option(
         None,
@@ -190,16 +221,25 @@ class BackboneOptions(Options):
         parse=parse_color,
     )  # fmt: skip
 
-    def check(self) -> None:
-        """Keep the side of a square as a number, as the files of earlier releases have it."""
-        if str(self.image_size).strip().isdecimal():
-            object.__setattr__(self, "image_size", int(str(self.image_size)))
-
     @property
     def height_width(self) -> tuple[int, int] | None:
         """Return the height and width that --image-size gives, in pixels."""
         found: tuple[int, int] | None = self.parsed("image_size")
         return found
+
+    def check(self) -> None:
+        """Refuse a key into no file; keep a square's side as a number, as the files of earlier releases do.
+
+        Raises:
+            UsageError: There is a key and no file.
+        """
+        if str(self.image_size).strip().isdecimal():
+            object.__setattr__(self, "image_size", int(str(self.image_size)))
+        if self.weights_key and not self.weights:
+            raise UsageError(
+                "--weights-key chooses among the networks of a weights file, and there is none.",
+                hint="Add --weights FILE, or leave --weights-key out.",
+            )
 
     @property
     def model_arguments(self) -> dict[str, Any]:
