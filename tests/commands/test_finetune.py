@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from tests.tiny import finetuned, tiny
 from tlcli.cli.app import main
@@ -29,6 +31,10 @@ def config(folder, **options):
 
 def run(folder, **options):
     return finetuned(config(folder, **options))
+
+
+def plan(folder, **options):
+    return plan_finetune(config(folder, **options), Silent())
 
 
 def facts_of(result):
@@ -169,6 +175,39 @@ def test_the_majority_class_is_counted_on_train(tmp_path, make_images):
     result = run(tmp_path / "tree", folds=2)
     assert facts_of(result)["data"]["majority_class"] == 1
     assert result.document["metrics"]["val"]["majority_baseline"] == pytest.approx(2 / 8)
+
+
+@pytest.mark.parametrize(
+    ("license", "expected"),
+    [
+        ("apache-2.0", None),
+        (None, "is not known"),
+        ("other", "is not known"),
+        ("cc-by-nc-4.0", "excludes commercial use"),
+        ("fair-noncommercial-research-license", "excludes commercial use"),
+    ],
+)
+def test_a_licence_that_is_unknown_or_not_commercial_is_noted(tmp_path, folder, license, expected):
+    model = timm.create_model("test_resnet", num_classes=0)
+    cfg = {"input_size": [3, 32, 32], **({"license": license} if license else {})}
+    config = {"architecture": "test_resnet", "num_classes": 0, "pretrained_cfg": cfg}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), tmp_path / "base/model.safetensors")
+    notes = plan(folder, backbone=f"local-dir:{tmp_path}/base", random_init=False).notes
+    assert [note for note in notes if "licence" in note or "commercial" in note] == list(notes)
+    assert [expected in note for note in notes] == ([True] if expected else [])
+
+
+def test_the_licence_of_a_weights_file_is_not_that_of_the_architecture(tmp_path, folder):
+    save_file(timm.create_model("resnet18").state_dict(), tmp_path / "w.safetensors")
+    own = {"backbone": "resnet18", "random_init": False, "weights": str(tmp_path / "w.safetensors")}
+    result = run(folder, **own)
+    assert facts_of(result)["backbone"]["license"] is None
+    assert "license" not in json.loads((result.run_path / "config.json").read_text())["pretrained_cfg"]
+    assert any("is not known" in note for note in plan(folder, **own).notes)
+    assert not plan(folder, backbone="resnet18").notes
+    assert not plan(folder, backbone="bundled", random_init=False).notes
 
 
 # ---- other heads and backbones ---------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A loaded backbone: the network without its classifier, and how images are prepared for it."""
 
 import hashlib
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ from tlcli.errors import UsageError
 
 INIT_SEED = 0
 """Seed of --random-init, so that the baseline is the same each time."""
+UNKNOWN_LICENSES = ("", "unknown", "other")
+NON_COMMERCIAL = re.compile(r"\bnc\b|non-?commercial|research")
 
 
 @dataclass(kw_only=True)
@@ -44,6 +47,18 @@ class Backbone:
     pretrained: bool = True
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def license_note(self) -> str | None:
+        """Return what to know about the licence of pretrained weights, if anything."""
+        if not self.pretrained:
+            return None
+        license = (self.license or "").lower()
+        if license in UNKNOWN_LICENSES:
+            return f"The licence of the weights of {self.name} is not known; ask their publisher."
+        if NON_COMMERCIAL.search(license):
+            return f"The weights of {self.name} are under {self.license}, which excludes commercial use."
+        return None
 
     @property
     def is_timm(self) -> bool:

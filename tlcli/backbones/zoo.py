@@ -78,6 +78,9 @@ def _load(options: BackboneOptions, name: str, drop_path: float) -> Backbone:
     _set_drop_path(backbone, drop_path)
     own_size = backbone.preprocess.image_size
     backbone.pretrained = not options.random_init
+    if options.weights:
+        backbone.license = None  # what is known is the licence of the architecture's own weights
+        backbone.pretrained_cfg.pop("license", None)
     backbone.preprocess = with_options(backbone.preprocess, options)
     backbone.model.eval()
     backbone.num_features = _check_forward(backbone)

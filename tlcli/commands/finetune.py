@@ -77,7 +77,9 @@ class FinetunePlan:
         """Return what people should know beforehand."""
         warning = (scratch_warning(),) if self.scenario == "scratch" else ()
         trained = self.training.notes if self.training else ()
-        return (*self.extractor.backbone.notes, *trained, *warning)
+        license = self.extractor.backbone.license_note
+        licenses = (license,) if license else ()
+        return (*self.extractor.backbone.notes, *trained, *warning, *licenses)
 
     def summary(self) -> dict[str, str]:
         """Return the plan for people."""
