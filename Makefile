@@ -1,6 +1,7 @@
 # make demo   see the whole path on handwritten digits, offline, in minutes
 # make test   format check, lint, types, tests
 # make faults the whole fault sweep, in minutes
+# make matrix every family of backbones through every scenario, in an hour and a half
 # make fuzz   damaged images, for MINUTES=10
 #
 # Both create .venv and install what they need the first time; a second call installs nothing until
@@ -19,13 +20,14 @@ COVERED := tests/cache tests/machine/test_files.py tests/runs/test_directory.py
 COVERAGE := $(foreach module,cache machine.files runs.directory,--cov=tlcli.$(module)) --cov-branch --cov-fail-under=100
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults fuzz real format clean distclean
+.PHONY: help demo test faults matrix fuzz real format clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo       the whole path on handwritten digits, offline, in minutes'
 	@echo 'make test       format check, lint, types and tests'
 	@echo 'make faults     fail or kill every system call of the cache and the run directory, in turn'
+	@echo 'make matrix     every family of backbones through every scenario; writes docs/backbones.md'
 	@echo 'make fuzz       decode damaged and hostile images in child processes, for MINUTES=10'
 	@echo 'make real       tests on real data, found through TLCLI_REAL_ASSETS'
 	@echo 'make format     format the code and fix what can be fixed by itself'
@@ -44,6 +46,9 @@ test: $(VENV)/.stamp-test
 
 faults: $(VENV)/.stamp-test
 	OPENBLAS_NUM_THREADS=1 $(RUN) -m tests.faults.sweep
+
+matrix: $(VENV)/.stamp-test
+	OMP_NUM_THREADS=1 $(RUN) -m tests.matrix.matrix
 
 fuzz: $(VENV)/.stamp-test
 	$(RUN) -m tests.bad_inputs.fuzz_decode --minutes $(MINUTES)

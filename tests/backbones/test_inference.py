@@ -238,6 +238,22 @@ def test_families_of_timm_that_mix_number_types(name, size, arguments):
         assert inference.median_cosine(rows, model(images(size)[:1])) > 0.99
 
 
+class SlowInBf16(Masked):
+    """Mixes number types, and takes its time where it is given bf16."""
+
+    def forward(self, x):
+        if torch.is_autocast_enabled("cpu"):
+            torch.randn(3000, 3000).sort()
+        return super().forward(x)
+
+
+def test_autocast_that_is_slower_than_fp32_is_not_used():
+    torch.manual_seed(0)
+    fast = inference.prepare(SlowInBf16().eval().requires_grad_(False), (32, 32), torch.bfloat16, CPU)
+    assert fast.facts["dtype"] == "fp32"
+    assert "times as long" in fast.reason
+
+
 class ViewsMaps(nn.Module):
     """Views its maps as tokens, which channels-last memory does not allow."""
 

@@ -9,7 +9,7 @@ import timm
 import torch
 import yaml
 
-from tlcli.backbones.timm_zoo import varied
+from tlcli.backbones.initialise import varied
 from tlcli.backbones.zoo import load_backbone, load_stored
 from tlcli.config.backbone import BackboneOptions
 from tlcli.config.commands import FinetuneConfig

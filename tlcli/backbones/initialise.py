@@ -8,6 +8,7 @@
 Fans count the connections of a group, so that a depthwise convolution has the fans of its k x k kernel.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
+STATISTICS = ("running_mean", "running_var")
 
 
 def reinitialise(model: nn.Module, init: str, seed: int) -> None:
@@ -56,6 +58,23 @@ def reinitialise(model: nn.Module, init: str, seed: int) -> None:
                 _draw(module.bias, init, fan_in, fan_out, generator)
             elif module.bias is not None:
                 module.bias.zero_()
+
+
+def varied(model: nn.Module) -> nn.Module:
+    """Return a copy of a network with other parameters and normalisation statistics, always the same ones.
+
+    What is true of an untrained network by accident, such as a norm that changes nothing, is not true of it.
+    """
+    model = copy.deepcopy(model)
+    draw = torch.Generator().manual_seed(0)
+    statistics = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(STATISTICS))
+    with torch.no_grad():
+        for name, value in (*model.named_parameters(), *statistics):
+            noise = torch.rand(value.shape, generator=draw)
+            value.mul_(0.8 + 0.4 * noise)  # variances stay positive
+            if not name.endswith("running_var"):
+                value.add_(0.1 * (noise - 0.5))
+    return model
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[Any, float, float]]:

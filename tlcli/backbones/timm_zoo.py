@@ -16,7 +16,7 @@ from torch import nn
 from tlcli.backbones import foreign, weights
 from tlcli.backbones.backbone import INIT_SEED, Backbone, no_drop_path
 from tlcli.backbones.image_sizes import ImageSizeError
-from tlcli.backbones.initialise import BATCH_NORMS
+from tlcli.backbones.initialise import BATCH_NORMS, varied
 from tlcli.backbones.preprocessing import preprocess_of
 from tlcli.backbones.specs import TimmSpec
 from tlcli.backbones.weights_file import StateDict, read_state_dict
@@ -37,8 +37,6 @@ CALL_ARGUMENTS = (frozenset(inspect.signature(timm.create_model).parameters) - {
     "feature_cfg",
 }
 """What a configuration's model_args must not set: how a network is built and where its weights are."""
-
-STATISTICS = ("running_mean", "running_var")
 
 
 def build_classifier(architecture: str, arguments: Mapping[str, Any], num_classes: int) -> nn.Module:
@@ -99,23 +97,6 @@ def silence_norms(model: nn.Module, headless: nn.Module) -> StateDict:
                 tensor.fill_(values.get(key, 0))
                 state[f"{name}.{key}"] = tensor
     return state
-
-
-def varied(model: nn.Module) -> nn.Module:
-    """Return a copy of a network with other parameters and normalisation statistics, always the same ones.
-
-    What is true of an untrained network by accident, such as a norm that changes nothing, is not true of it.
-    """
-    model = copy.deepcopy(model)
-    draw = torch.Generator().manual_seed(INIT_SEED)
-    statistics = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(STATISTICS))
-    with torch.no_grad():
-        for name, value in (*model.named_parameters(), *statistics):
-            noise = torch.rand(value.shape, generator=draw)
-            value.mul_(0.8 + 0.4 * noise)  # variances stay positive
-            if not name.endswith("running_var"):
-                value.add_(0.1 * (noise - 0.5))
-    return model
 
 
 def timm_config(

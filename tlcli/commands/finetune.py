@@ -288,7 +288,7 @@ def _facts(plan: FinetunePlan) -> dict[str, Any]:
         "class_names": list(plan.collection.dataset.class_names),
         "data": _data_facts(plan, plan.collection),
         "device": {"name": str(extractor.device), "reason": extractor.device_choice.reason},
-        "dtype": {"name": extractor.dtype_choice.name, "reason": extractor.dtype_choice.reason},
+        "dtype": {"name": extractor.dtype_choice.name, "reason": extractor.dtype_reason},
         "cache_key": _cache_key(plan),
         "options": to_options(plan.config),
     }

@@ -141,7 +141,9 @@ def parse_image_size(text: str | int, name: str = "--image-size") -> tuple[int, 
     width = int(sides[2] or height)
     low, high = SIDES
     if not (low <= height <= high and low <= width <= high):
-        raise UsageError(f"{name} {text} is out of range.", hint=f"Expected sides of {low} to {high} pixels.")
+        raise UsageError(
+            f"{name} {text} is out of range.", hint=f"Expected sides from {low} to {high} pixels."
+        )
     return height, width
 
 

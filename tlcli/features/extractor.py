@@ -116,7 +116,12 @@ class Extractor:
     @property
     def reason(self) -> str:
         """Return the device and compute type with why they were taken."""
-        return f"{self.device} ({self.device_choice.reason}); {self._fast.reason}, {self.dtype_choice.reason}"
+        return f"{self.device} ({self.device_choice.reason}); {self.dtype_reason}"
+
+    @property
+    def dtype_reason(self) -> str:
+        """Return what the prefix computes in, and why."""
+        return f"{self._fast.reason}, {self.dtype_choice.reason}"
 
     @property
     def row_bytes(self) -> int:

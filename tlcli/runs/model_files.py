@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from tlcli.backbones.backbone import Backbone
+from tlcli.backbones.initialise import varied
 from tlcli.backbones.timm_zoo import (
     build_classifier,
     classifier_name,
     silence_norms,
     timm_config,
-    varied,
 )
 from tlcli.backbones.zoo import load_stored
 from tlcli.errors import BackboneError
