@@ -92,14 +92,23 @@ def uncut_step(model, num_frozen_units, images):
     return loss
 
 
-def check_every_cut(model, size, batch=4):
-    """Compare losses, gradients and BatchNorm statistics after a step, for each number of frozen units."""
+def check_every_cut(model, size, batch=4, batches=(), least=1e-4):
+    """Compare losses, gradients and BatchNorm statistics after a step, for each number of frozen units.
+
+    And features in eval mode, exactly, for batches of other sizes. A tenth of the gradients may be below
+    `least`.
+    """
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
     count = len(units(model))
     assert count > 3
     sizes = []
     for num_frozen_units in range(1, count):
         cut = cut_at(copy.deepcopy(model), num_frozen_units, (size, size))
+        for other in batches:
+            some = torch.randn(other, 3, size, size, generator=torch.Generator().manual_seed(other))
+            with torch.no_grad():
+                expected = model.eval()(some)
+                assert torch.equal(cut.suffix.eval()(cut.prefix(some)), expected), (num_frozen_units, other)
         freeze_parameters(cut)
         with torch.no_grad():
             rows = cut.prefix(images)
@@ -124,7 +133,7 @@ def check_every_cut(model, size, batch=4):
             if key in statistics:
                 torch.testing.assert_close(buffer, statistics[key], **TOLERANCE, msg=f"{where}: {key}")
     # Or the comparison would be of nothing with nothing.
-    assert sorted(sizes)[len(sizes) // 10] > 1e-4
+    assert sorted(sizes)[len(sizes) // 10] > least
 
 
 @pytest.mark.parametrize(("name", "size", "arguments"), QUICK, ids=[row[0] for row in QUICK])

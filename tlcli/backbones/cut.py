@@ -13,12 +13,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
 from torchvision.models import feature_extraction
 
+from tlcli.backbones.exactness import RowShapes, agrees, agrees_at_other_batches, check_images, row_shape
+from tlcli.backbones.folding import fold
 from tlcli.backbones.graph import (
     Traced,
     candidates,
@@ -33,9 +35,6 @@ from tlcli.backbones.graph import (
 )
 from tlcli.backbones.units import Unit, frozen_modules, units
 from tlcli.errors import BackboneError, UsageError
-
-BATCH = 2
-"""Images in the batches that check a cut: two show whether the first dimension is the batch's."""
 
 
 @dataclass
@@ -184,11 +183,11 @@ def cut_at(model: nn.Module, num_frozen_units: int, image_size: tuple[int, int])
     parts = units(model)
     if not 0 <= num_frozen_units <= len(parts):
         raise UsageError(f"The backbone has {len(parts)} units; {num_frozen_units} cannot be frozen.")
-    images = _images(image_size)
+    images = check_images(image_size)
     if num_frozen_units == len(parts):
         with _as_it_was(model), torch.no_grad():
-            row_shape = tuple(model(images[:1]).shape[1:])
-        return Cut(model, nn.Identity(), "all", num_frozen_units, row_shape)
+            vector = tuple(model(images[:1]).shape[1:])
+        return Cut(model, nn.Identity(), "all", num_frozen_units, vector)
     if num_frozen_units == 0:
         return Cut(Frozen(), model, "input", 0, tuple(images.shape[1:]))
     return _divided(model, parts, num_frozen_units, images).cut()
@@ -236,6 +235,13 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+class _Traces(NamedTuple):
+    """A network traced in eval mode, and in train mode with its frozen modules in eval mode."""
+
+    plain: Traced
+    random: Traced
+
+
 @dataclass(frozen=True)
 class _Division:
     """A traced network and its frozen units: cuts at several places are made of one pair of traces.
@@ -244,10 +250,9 @@ class _Division:
         model: The network.
         parts: Its units.
         num_frozen_units: How many of them are frozen.
-        images: The batch that cuts are checked with, [BATCH, 3, H, W].
-        plain: Traced in eval mode.
-        random: Traced in train mode, frozen modules in eval mode.
-        constants: The tensors that the two graphs expect on the network.
+        images: The batch that cuts are checked with, [2, 3, H, W].
+        traces: With the sizes of the images as constants where that changes anything; last, as traced.
+        constants: The tensors that the graphs expect on the network.
         cuts: Those made so far, by the name asked for.
     """
 
@@ -255,8 +260,7 @@ class _Division:
     parts: list[Unit]
     num_frozen_units: int
     images: torch.Tensor
-    plain: Traced
-    random: Traced
+    traces: list[_Traces]
     constants: dict[str, torch.Tensor]
     cuts: dict[str | None, Cut] = field(default_factory=dict)
 
@@ -271,14 +275,10 @@ class _Division:
         """Return the names of the parameters of frozen units."""
         return frozenset(name for unit in self.parts[: self.num_frozen_units] for name in unit.parameters)
 
-    def places(self) -> list[fx.Node]:
-        """Return where the network could be divided, the image first."""
+    def places(self, plain: Traced) -> list[fx.Node]:
+        """Return where a graph of eval mode could be divided, the image first."""
         trained = {name for name, _ in self.model.named_parameters()} - self.frozen()
-        return candidates(self.plain, trained)
-
-    def name(self, node: fx.Node) -> str:
-        """Return the name of a place."""
-        return "input" if node is self.plain.image else self.plain.names[node]
+        return candidates(plain, trained)
 
     def cut(self, wanted: str | None = None) -> Cut:
         """Return the last exact cut, of those with the name wanted.
@@ -301,28 +301,40 @@ class _Division:
     def _exact(self, wanted: str | None) -> Cut | None:
         modules, frozen = frozen_modules(self.parts, self.num_frozen_units), self.frozen()
         expected = self.model(self.images)
-        for node in reversed(self.places()):
-            if wanted not in {None, self.name(node)}:
+        one = self.model(self.images[:1]) if len(self.traces) > 1 else expected[:1]
+        for node, traces in self._tries():
+            name = traces.plain.name(node)
+            if wanted not in {None, name}:
                 continue
-            twin = twin_of(node, self.plain, self.random)
-            if twin is None or (row_shape := _row_shape(self.model, self.plain, node, self.images)) is None:
+            twin = twin_of(node, traces.plain, traces.random)
+            if twin is None or (shape := row_shape(self.model, traces.plain, node, self.images)) is None:
                 continue
-            prefix, suffix = _divide(self.model, self.plain, self.random, node, twin, modules)
-            if _agrees(prefix, suffix, self.images, expected):
+            prefix, suffix = _divide(self.model, traces, node, twin, modules)
+            if agrees(prefix, suffix, self.images, expected) and (
+                traces is self.traces[-1] or agrees_at_other_batches(prefix, suffix, self.images, one)
+            ):
                 kept = tuple(key for key, _ in suffix.named_parameters() if key in frozen)
-                return Cut(
-                    prefix, suffix.eval(), self.name(node), self.num_frozen_units, row_shape, kept, self
-                )
+                return Cut(prefix, suffix.eval(), name, self.num_frozen_units, shape, kept, self)
         return None
+
+    def _tries(self) -> list[tuple[fx.Node, _Traces]]:
+        """Return the places from the last to the image, at each the folded graphs first."""
+        order = {name: place for place, name in enumerate(self.traces[-1].plain.names.values())}
+        found = [(node, traces) for traces in self.traces for node in self.places(traces.plain)]
+        return sorted(found, key=lambda item: -order.get(item[1].plain.name(item[0]), -1))
 
 
 def _divided(model: nn.Module, parts: list[Unit], num_frozen_units: int, images: torch.Tensor) -> _Division:
     modules = frozen_modules(parts, num_frozen_units)
     with without_constants(model), torch.no_grad():
-        plain = trace(model, modules, training=False)
-        random = trace(model, modules, training=True)
+        as_traced = _Traces(
+            plain=trace(model, modules, training=False), random=trace(model, modules, training=True)
+        )
+        image_size = (images.shape[-2], images.shape[-1])
+        folded = _Traces(*(fold(traced, model, image_size) for traced in as_traced))
         constants = constants_of(model)
-    return _Division(model, parts, num_frozen_units, images, plain, random, constants)
+    traces = [as_traced] if folded == as_traced else [folded, as_traced]
+    return _Division(model, parts, num_frozen_units, images, traces, constants)
 
 
 def cut_points(model: nn.Module, image_size: tuple[int, int]) -> list[CutPoint]:
@@ -332,20 +344,23 @@ def cut_points(model: nn.Module, image_size: tuple[int, int]) -> list[CutPoint]:
         BackboneError: The network cannot be traced.
     """
     parts = units(model)
-    images = _images(image_size)
+    images = check_images(image_size)
     result = []
     with without_constants(model), _as_it_was(model), torch.no_grad():
-        traced = trace(model, frozenset(), training=False)
-        shapes = _Shapes(model, traced.graph, set(traced.dominators)).collect(images)
+        features = model(images)
+        as_traced = trace(model, frozenset(), training=False)
+        for traced in (fold(as_traced, model, image_size), as_traced):
+            walk = RowShapes(model, traced.graph, set(traced.dominators))
+            shapes = walk.collect(images)
+            if walk.given is not None and torch.equal(walk.given, features):
+                break
         for unit in parts[:-1]:
             trained = {name for later in parts[unit.index :] for name in later.parameters}
             for node in reversed(candidates(traced, trained)):
                 if (shape := shapes.get(node)) is not None:
-                    name = "input" if node is traced.image else traced.names[node]
-                    result.append(CutPoint(unit.index, name, shape))
+                    result.append(CutPoint(unit.index, traced.name(node), shape))
                     break
-        last = tuple(model(images).shape[1:])
-    return [*result, CutPoint(len(parts), "all", last)]
+    return [*result, CutPoint(len(parts), "all", tuple(features.shape[1:]))]
 
 
 def earlier_cuts(cut: Cut) -> list[EarlierCut]:
@@ -362,16 +377,17 @@ def earlier_cuts(cut: Cut) -> list[EarlierCut]:
     model = division.model
     result = []
     with division.ready():
-        places = division.places()
-        shapes = _Shapes(model, division.plain.graph, set(places)).collect(division.images)
+        plain = division.traces[0].plain
+        places = division.places(plain)
+        shapes = RowShapes(model, plain.graph, set(places)).collect(division.images)
         smallest: int | None = None
         for node in reversed(places):
             shape = shapes.get(node)
             if shape is None or (smallest is not None and math.prod(shape) >= smallest):
                 continue
             if smallest is not None:
-                prefix = _prefix(model, division.plain, node)
-                result.append(EarlierCut(division.name(node), shape, prefix))
+                prefix = _prefix(model, plain, node)
+                result.append(EarlierCut(plain.name(node), shape, prefix))
             smallest = math.prod(shape)
     return result
 
@@ -380,12 +396,12 @@ def earlier_cuts(cut: Cut) -> list[EarlierCut]:
 
 
 def _divide(
-    model: nn.Module, plain: Traced, random: Traced, node: fx.Node, twin: fx.Node, frozen: frozenset[str]
+    model: nn.Module, traces: _Traces, node: fx.Node, twin: fx.Node, frozen: frozenset[str]
 ) -> tuple[nn.Module, Suffix]:
     """Return prefix and suffix of a cut; the suffix never writes into the tensor that crosses."""
-    prefix = _prefix(model, plain, node)
+    prefix = _prefix(model, traces.plain, node)
     graphs = []
-    for traced, start in ((random, twin), (plain, node)):
+    for traced, start in ((traces.random, twin), (traces.plain, node)):
         end = traced.output.args[0]
         needed = traced.inputs[traced.output] - {traced.output, start}
         # Constants that both sides use are computed again in the suffix: only the row crosses.
@@ -429,62 +445,3 @@ def _give_own_modes(part: nn.Module, made: dict[nn.Module, nn.Module]) -> None:
             made[child]._modules = dict(child._modules)
             _give_own_modes(made[child], made)
         part._modules[name] = made[child]
-
-
-# ---- checking --------------------------------------------------------------------------------------------
-
-
-class _Shapes(fx.Interpreter):
-    """Runs a graph and keeps the row shapes at `wanted` nodes."""
-
-    def __init__(self, model: nn.Module, graph: fx.Graph, wanted: set[fx.Node]) -> None:
-        super().__init__(model, graph=graph)
-        self.wanted = wanted
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node, keeping its shape where it is a row per image."""
-        value = super().run_node(n)
-        is_row = isinstance(value, torch.Tensor) and value.is_floating_point()
-        if n in self.wanted and is_row and value.ndim > 1 and value.shape[0] == BATCH:
-            self.shapes[n] = tuple(value.shape[1:])
-        return value
-
-    def collect(self, images: torch.Tensor) -> dict[fx.Node, tuple[int, ...]]:
-        self.run(images)
-        return self.shapes
-
-
-def _row_shape(
-    model: nn.Module, traced: Traced, node: fx.Node, images: torch.Tensor
-) -> tuple[int, ...] | None:
-    """Return the shape of one image's row at `node`, or None where it is no floating-point row per image."""
-    if node is traced.image:
-        return tuple(images.shape[1:])
-    graph = copy_graph(traced, traced.inputs[node], traced.image, node)
-    last: Any = next(item for item in graph.nodes if item.op == "output").args[0]
-    return _Shapes(model, graph, {last}).collect(images).get(last)
-
-
-def _agrees(prefix: nn.Module, suffix: Suffix, images: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Return whether the parts give exactly what the network gives, and leave the row as it is.
-
-    The suffix runs in both modes; BatchNorm statistics and the random state are put back.
-    """
-    rows = prefix(images)
-    before = copy.deepcopy(rows)
-    suffix.eval()
-    if not torch.equal(suffix(rows), expected):
-        return False
-    buffers = {name: buffer.clone() for name, buffer in suffix.named_buffers()}
-    with torch.random.fork_rng(devices=[]):
-        suffix.train()
-        suffix(rows)
-        suffix.eval()
-    for name, buffer in suffix.named_buffers():
-        buffer.copy_(buffers[name])
-    return torch.equal(rows, before)
-
-
-def _images(image_size: tuple[int, int]) -> torch.Tensor:
-    return torch.randn(BATCH, 3, *image_size, generator=torch.Generator().manual_seed(0))

@@ -43,6 +43,11 @@ class _Tracer(feature_extraction.NodePathTracer):  # type: ignore[misc]
         return root_fn, [self.root, self.create_proxy("placeholder", "images", (), {})]
 
 
+def batch_size() -> int:
+    """Stand in a graph for the number of images, which every part of the graph reads from its own input."""
+    raise NotImplementedError
+
+
 @dataclass
 class Traced:
     """A traced graph and what the search for a cut needs to know of its nodes.
@@ -67,6 +72,10 @@ class Traced:
         node: fx.Node = next(node for node in self.graph.nodes if node.op == "placeholder")
         return node
 
+    def name(self, node: fx.Node) -> str:
+        """Return the name of a place to divide the graph at."""
+        return "input" if node is self.image else self.names[node]
+
     @property
     def output(self) -> fx.Node:
         """The node that returns the features."""
@@ -87,7 +96,7 @@ def trace(model: nn.Module, frozen: frozenset[str], *, training: bool) -> Traced
                 hint="Use --freeze all, or --freeze none.",
             ) from error
     traced = Traced(graph=graph, names=dict(tracer.node_to_qualname))
-    _analyse(traced, model)
+    analyse(traced, model)
     return traced
 
 
@@ -139,8 +148,12 @@ def forget_constants(part: nn.Module) -> None:
     part._non_persistent_buffers_set |= {name for name in part._buffers if name.startswith(CONSTANT)}
 
 
-def _analyse(traced: Traced, model: nn.Module) -> None:
-    """Fill in dependencies, parameters touched, and dominators."""
+def analyse(traced: Traced, model: nn.Module) -> None:
+    """Fill in dependencies, parameters touched, and dominators of a graph whose other fields are given.
+
+    Raises:
+        BackboneError: The output does not depend on the image.
+    """
     import networkx
 
     parameters = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -232,15 +245,22 @@ def live(nodes: set[fx.Node], end: Any) -> set[fx.Node]:
 def copy_graph(
     traced: Traced, nodes: Iterable[fx.Node], start: fx.Node, end: Any, *, clone: bool = False
 ) -> fx.Graph:
-    """Return the part of a graph made of `nodes`, from `start` (its input) to `end` (its output)."""
+    """Return the part of a graph made of `nodes`, from `start` (its input) to `end` (its output).
+
+    The batch size is the first dimension of the input, wherever the part begins.
+    """
     wanted = set(nodes)
     graph = fx.Graph(tracer_cls=None)
-    copies = {start: graph.placeholder("x")}
-    if clone:
-        copies[start] = graph.call_method("clone", (copies[start],))
+    first = graph.placeholder("x")
+    copies = {start: graph.call_method("clone", (first,)) if clone else first}
     for node in traced.graph.nodes:
         if node in wanted and node not in copies:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+            is_batch_size = node.target is batch_size
+            copies[node] = (
+                graph.call_method("size", (first, 0))
+                if is_batch_size
+                else graph.node_copy(node, copies.__getitem__)
+            )
     graph.output(copies[end])
     return graph
 
@@ -262,7 +282,7 @@ def writes(traced: Traced, nodes: set[fx.Node], start: fx.Node, model: nn.Module
             continue
         if _is_in_place(node, model):
             return True
-        if _is_view(node, model):
+        if is_view(node, model):
             aliases.add(node)
     return False
 
@@ -280,7 +300,8 @@ def _is_in_place(node: fx.Node, model: nn.Module) -> bool:
     return node.target in IN_PLACE_OPERATORS or bool(node.kwargs.get("inplace")) or _name(node).endswith("_")
 
 
-def _is_view(node: fx.Node, model: nn.Module) -> bool:
+def is_view(node: fx.Node, model: nn.Module) -> bool:
+    """Return whether a node gives the values of its first argument, of frozen modules at least."""
     if node.op == "call_module":
         kind = type(model.get_submodule(str(node.target)))
         names = {base.__name__.lower() for base in kind.__mro__}
