@@ -421,6 +421,42 @@ def test_a_network_that_cannot_be_traced_can_still_be_frozen_whole():
     assert "--freeze all" in caught.value.hint
 
 
+class Guarded(torch.nn.Module):
+    """Looks at the values of its input in train mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(4, 4, 1)
+        self.act = torch.nn.ReLU()
+
+    def forward(self, rows):
+        if self.training and rows.isnan().any():
+            raise ValueError("not a number")
+        return self.act(self.layer(rows))
+
+
+class Chain(torch.nn.Module):
+    """Three units, of which the second cannot be traced while it trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = torch.nn.Conv2d(3, 4, 1), Guarded(), torch.nn.Conv2d(4, 4, 1)
+
+    def forward(self, images):
+        return self.three(self.two(self.one(images))).mean((2, 3))
+
+
+def test_where_a_unit_must_be_frozen_to_be_traced_the_hint_says_how_many():
+    assert len(units(Chain())) == 3
+    with pytest.raises(BackboneError, match="for training with 1 units frozen") as caught:
+        cut_at(Chain(), 1, (8, 8))
+    assert "--freeze 2" in caught.value.hint
+    model, images = Chain().eval(), torch.randn(3, 3, 8, 8)
+    cut = cut_at(model, 2, (8, 8))
+    with torch.no_grad():
+        assert torch.equal(cut.suffix(cut.prefix(images)), model(images))
+
+
 class Overwriting(torch.nn.Module):
     """Writes into its own intermediate values, directly and through views."""
 

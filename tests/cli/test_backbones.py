@@ -140,6 +140,23 @@ def test_show_needs_no_weights(run_cli):
     assert shown["image_size"] == [64, 64]
 
 
+def test_show_says_where_caching_saves_a_part_of_the_frozen_work(run_cli):
+    arguments = ("backbones", "show", "hrnet_w18_small", "--random-init", "--image-size", "64")
+    shares = [unit["saved_share"] for unit in document(run_cli(*arguments, "--json"))["units"]]
+    assert shares[0] == shares[-1] == 1
+    assert shares[1:-1] == sorted(shares[1:-1], reverse=True)
+    assert 0 < shares[-2] < 0.95
+    result = run_cli(*arguments)
+    assert f"{shares[-2]:.0%}" in result.stdout
+    assert "computed again in each epoch" in result.stderr.replace("\n", " ")
+
+
+def test_show_says_nothing_of_it_where_all_is_saved(run_cli):
+    result = run_cli("backbones", "show", "test_resnet", "--random-init")
+    assert "100%" in result.stdout
+    assert "again" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

@@ -91,6 +91,17 @@ def test_a_dry_run_does_nothing(run_cli, folder, tmp_path):
     assert not (tmp_path / "f.npz").exists()
 
 
+def test_the_plan_says_how_much_of_the_frozen_work_is_cached(run_cli, folder):
+    network = ("--backbone", "hrnet_w18_small", "--random-init", "--image-size", "64", "--dry-run")
+    result = run_cli("extract", folder, *network, "--freeze", "4", "--json")
+    assert 0.4 < json.loads(result.stdout)["saved_share"] < 0.5
+    assert "after unit 1, of 4 frozen units: 45% of the frozen work" in " ".join(result.stderr.split())
+    for k in ("1", "all"):
+        result = run_cli("extract", folder, *network, "--freeze", k, "--json")
+        assert json.loads(result.stdout)["saved_share"] == 1
+        assert "frozen work" not in result.stderr
+
+
 def test_an_existing_output_is_kept(run_cli, folder, tmp_path):
     (tmp_path / "f.npz").write_text("mine")
     result = run_cli("extract", folder, *TINY, "-o", tmp_path / "f.npz")

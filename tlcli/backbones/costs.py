@@ -10,6 +10,7 @@ from torch import nn
 
 from tlcli.backbones.cut import CutPoint, cut_points
 from tlcli.backbones.units import Unit, units
+from tlcli.backbones.work import flop_counter
 from tlcli.errors import BackboneError
 
 VECTOR_BYTES = 4
@@ -27,6 +28,7 @@ class UnitCosts:
         flops_share: Of the whole backbone, in [0, 1].
         cut: Where the network is cut when this is the last frozen unit; None where it cannot be.
         row_bytes: Bytes of one cached row there, in the default types: float32 for a vector, bf16 for a map.
+        saved_share: Of the FLOPs of this unit and those before it, the share before that cut, in [0, 1].
     """
 
     unit: Unit
@@ -35,6 +37,7 @@ class UnitCosts:
     flops_share: float
     cut: CutPoint | None
     row_bytes: int | None
+    saved_share: float | None
 
 
 def unit_costs(model: nn.Module, image_size: tuple[int, int]) -> list[UnitCosts]:
@@ -61,6 +64,7 @@ def unit_costs(model: nn.Module, image_size: tuple[int, int]) -> list[UnitCosts]
             flops_share=flops[unit.index - 1] / total,
             cut=points.get(unit.index),
             row_bytes=row_bytes(points[unit.index].row_shape) if unit.index in points else None,
+            saved_share=points[unit.index].saved_share if unit.index in points else None,
         )
         for unit in parts
     ]
@@ -75,8 +79,6 @@ def _run(
     model: nn.Module, owner: Mapping[str, int], image_size: tuple[int, int]
 ) -> tuple[dict[int, tuple[int, ...]], dict[str, int]]:
     """Return unit -> output shape (0 is the whole network), and module -> FLOPs with its children's."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     shapes: dict[int, tuple[int, ...]] = {}
 
     def keep(index: int) -> Any:
@@ -89,18 +91,12 @@ def _run(
 
     outermost = [name for name in owner if name.rpartition(".")[0] not in owner]
     handles = [model.get_submodule(name).register_forward_hook(keep(owner[name])) for name in outermost]
-    counter = FlopCounterMode(display=False)
-    needing = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in needing:  # the counter's module tracker wants a graph for tensors that need gradients
-        parameter.requires_grad_(False)
     try:
-        with counter, torch.no_grad():
+        with flop_counter(model) as counter, torch.no_grad():
             shapes[0] = tuple(model.eval()(torch.zeros(1, 3, *image_size)).shape[1:])
     finally:
         for handle in handles:
             handle.remove()
-        for parameter in needing:
-            parameter.requires_grad_(True)
     root = type(model).__name__ + "."
     counted = {
         name.removeprefix(root) if name != "Global" else "": sum(operations.values())

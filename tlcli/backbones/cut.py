@@ -11,7 +11,7 @@ holds both and switches, as torchvision's feature extractor does. Frozen modules
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 from torchvision.models import feature_extraction
 
-from tlcli.backbones.exactness import RowShapes, agrees, agrees_at_other_batches, check_images, row_shape
+from tlcli.backbones.exactness import Walk, agrees, agrees_at_other_batches, check_images, row_shape
 from tlcli.backbones.folding import fold
 from tlcli.backbones.graph import (
     Traced,
@@ -34,6 +34,7 @@ from tlcli.backbones.graph import (
     writes,
 )
 from tlcli.backbones.units import Unit, frozen_modules, units
+from tlcli.backbones.work import SavedWork, saved_work
 from tlcli.errors import BackboneError, UsageError
 
 
@@ -54,6 +55,7 @@ class Cut:
         num_frozen_units: K of `--freeze K`.
         row_shape: Shape of one image's row.
         frozen_parameters: Names of the suffix's parameters that belong to frozen units.
+        saved: How much of the frozen units' work the prefix does; None where that is all of it.
     """
 
     prefix: nn.Module
@@ -62,6 +64,7 @@ class Cut:
     num_frozen_units: int
     row_shape: tuple[int, ...]
     frozen_parameters: tuple[str, ...] = ()
+    saved: SavedWork | None = None
     division: "_Division | None" = field(default=None, repr=False)
 
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -78,11 +81,13 @@ class CutPoint:
         num_frozen_units: K.
         node: As in Cut.
         row_shape: As in Cut.
+        saved_share: Share of the work of the units up to K that lies before it, in [0, 1].
     """
 
     num_frozen_units: int
     node: str
     row_shape: tuple[int, ...]
+    saved_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -314,8 +319,16 @@ class _Division:
                 traces is self.traces[-1] or agrees_at_other_batches(prefix, suffix, self.images, one)
             ):
                 kept = tuple(key for key, _ in suffix.named_parameters() if key in frozen)
-                return Cut(prefix, suffix.eval(), name, self.num_frozen_units, shape, kept, self)
+                saved = self._saved(traces.plain, node)
+                return Cut(prefix, suffix.eval(), name, self.num_frozen_units, shape, kept, saved, self)
         return None
+
+    def _saved(self, plain: Traced, node: fx.Node) -> SavedWork:
+        """Return how much of the frozen work a cut saves."""
+        self.model.eval()
+        walk = Walk(self.model, plain.graph, set())
+        walk.count(self.images, self.model)
+        return saved_work(plain, node, walk.flops, self.parts, self.num_frozen_units)
 
     def _tries(self) -> list[tuple[fx.Node, _Traces]]:
         """Return the places from the last to the image, at each the folded graphs first."""
@@ -327,14 +340,32 @@ class _Division:
 def _divided(model: nn.Module, parts: list[Unit], num_frozen_units: int, images: torch.Tensor) -> _Division:
     modules = frozen_modules(parts, num_frozen_units)
     with without_constants(model), torch.no_grad():
-        as_traced = _Traces(
-            plain=trace(model, modules, training=False), random=trace(model, modules, training=True)
-        )
+        plain = trace(model, modules, training=False)
+        try:
+            as_traced = _Traces(plain, trace(model, modules, training=True))
+        except BackboneError as error:
+            found = _traced_from(model, parts, num_frozen_units + 1)
+            if found is None:
+                raise
+            rest = " or more" if found < len(parts) - 1 else ", or --freeze all"
+            raise BackboneError(
+                f"{type(model).__name__} cannot be traced for training with {num_frozen_units} units frozen.",
+                hint=f"Use --freeze {found}{rest}.",
+            ) from error
         image_size = (images.shape[-2], images.shape[-1])
         folded = _Traces(*(fold(traced, model, image_size) for traced in as_traced))
         constants = constants_of(model)
     traces = [as_traced] if folded == as_traced else [folded, as_traced]
     return _Division(model, parts, num_frozen_units, images, traces, constants)
+
+
+def _traced_from(model: nn.Module, parts: list[Unit], least: int) -> int | None:
+    """Return the smallest number of frozen units, of those from `least`, with which train mode is traced."""
+    for count in range(least, len(parts)):
+        with suppress(BackboneError):
+            trace(model, frozen_modules(parts, count), training=True)
+            return count
+    return None
 
 
 def cut_points(model: nn.Module, image_size: tuple[int, int]) -> list[CutPoint]:
@@ -350,15 +381,16 @@ def cut_points(model: nn.Module, image_size: tuple[int, int]) -> list[CutPoint]:
         features = model(images)
         as_traced = trace(model, frozenset(), training=False)
         for traced in (fold(as_traced, model, image_size), as_traced):
-            walk = RowShapes(model, traced.graph, set(traced.dominators))
-            shapes = walk.collect(images)
+            walk = Walk(model, traced.graph, set(traced.dominators))
+            shapes = walk.count(images, model)
             if walk.given is not None and torch.equal(walk.given, features):
                 break
         for unit in parts[:-1]:
             trained = {name for later in parts[unit.index :] for name in later.parameters}
             for node in reversed(candidates(traced, trained)):
                 if (shape := shapes.get(node)) is not None:
-                    result.append(CutPoint(unit.index, traced.name(node), shape))
+                    saved = saved_work(traced, node, walk.flops, parts, unit.index)
+                    result.append(CutPoint(unit.index, traced.name(node), shape, saved.share))
                     break
     return [*result, CutPoint(len(parts), "all", tuple(features.shape[1:]))]
 
@@ -379,7 +411,7 @@ def earlier_cuts(cut: Cut) -> list[EarlierCut]:
     with division.ready():
         plain = division.traces[0].plain
         places = division.places(plain)
-        shapes = RowShapes(model, plain.graph, set(places)).collect(division.images)
+        shapes = Walk(model, plain.graph, set(places)).collect(division.images)
         smallest: int | None = None
         for node in reversed(places):
             shape = shapes.get(node)

@@ -5,20 +5,31 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tlcli.backbones.graph import Traced, batch_size, copy_graph
+from tlcli.backbones.work import flop_counter
 
 BATCH = 2
 """Images in the batches that check a cut: two show whether the first dimension is the batch's."""
 
 
-class RowShapes(fx.Interpreter):
-    """Runs a graph and keeps the row shapes at `wanted` nodes."""
+class Walk(fx.Interpreter):
+    """Runs a graph and keeps the row shapes at `wanted` nodes, and every node's FLOPs where they are counted.
+
+    Attributes:
+        shapes: Node -> shape of one image's row.
+        flops: Node -> FLOPs for the BATCH images.
+        given: What the graph gives; None where it cannot run.
+    """
 
     def __init__(self, model: nn.Module, graph: fx.Graph, wanted: set[fx.Node]) -> None:
         super().__init__(model, graph=graph)
         self.wanted = wanted
+        self.counter: FlopCounterMode | None = None
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.flops: dict[fx.Node, int] = {}
+        self._counted = 0
         self.given: torch.Tensor | None = None
 
     def run_node(self, n: fx.Node) -> Any:
@@ -26,10 +37,19 @@ class RowShapes(fx.Interpreter):
         if n.target is batch_size:
             return BATCH
         value = super().run_node(n)
+        if self.counter is not None:
+            total = self.counter.get_total_flops()
+            self.flops[n] = total - self._counted
+            self._counted = total
         is_row = isinstance(value, torch.Tensor) and value.is_floating_point()
         if n in self.wanted and is_row and value.ndim > 1 and value.shape[0] == BATCH:
             self.shapes[n] = tuple(value.shape[1:])
         return value
+
+    def count(self, images: torch.Tensor, model: nn.Module) -> dict[fx.Node, tuple[int, ...]]:
+        """Do as `collect`, counting FLOPs."""
+        with flop_counter(model) as self.counter:
+            return self.collect(images)
 
     def collect(self, images: torch.Tensor) -> dict[fx.Node, tuple[int, ...]]:
         """Return the shapes for BATCH images, where there is one row an image, and keep what the graph gives.
@@ -51,7 +71,7 @@ def row_shape(
         return tuple(images.shape[1:])
     graph = copy_graph(traced, traced.inputs[node], traced.image, node)
     last: Any = next(item for item in graph.nodes if item.op == "output").args[0]
-    return RowShapes(model, graph, {last}).collect(images).get(last)
+    return Walk(model, graph, {last}).collect(images).get(last)
 
 
 def agrees(prefix: nn.Module, suffix: nn.Module, images: torch.Tensor, expected: torch.Tensor) -> bool:

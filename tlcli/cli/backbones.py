@@ -79,6 +79,7 @@ def show(out: Output, config: BackbonesShowConfig) -> None:
     if not config.backbone:
         raise UsageError("No backbone is named.", hint="Try: tlcli backbones show bundled")
     from tlcli.backbones.costs import unit_costs
+    from tlcli.backbones.work import WORTH_A_WORD
     from tlcli.backbones.zoo import load_backbone
 
     options = BackboneOptions(
@@ -98,10 +99,15 @@ def show(out: Output, config: BackbonesShowConfig) -> None:
         raise BackboneError(error.message, hint=f"{error.hint or ''} {hint}".strip()) from error
     costs = unit_costs(backbone.model, backbone.preprocess.image_size)
     document = _document(backbone, costs)
-    columns = ["unit", "name", "output", "parameters", "FLOPs", "cached row", "bytes/image"]
+    columns = ["unit", "name", "output", "parameters", "FLOPs", "cached row", "bytes/image", "saved"]
     out.result("backbones.show", document, _facts(document), table(columns, _rows(costs)))
     for note in backbone.notes:
         out.note(note)
+    if any(row.saved_share is not None and row.saved_share < WORTH_A_WORD for row in costs):
+        out.note(
+            "saved: the share of the work of this unit and all before it that --freeze caches. Below 100%, "
+            "the network can only be cut earlier, and the rest is computed again in each epoch."
+        )
     if costs[0].cut is None:
         out.note("This network cannot be traced: it can be frozen as a whole (--freeze all) only.")
     quoted = shlex.quote(backbone.name)
@@ -140,6 +146,7 @@ def _document(backbone: "Backbone", costs: "list[UnitCosts]") -> dict[str, Any]:
                 "cut": None if row.cut is None else row.cut.node,
                 "row_shape": None if row.cut is None else list(row.cut.row_shape),
                 "row_bytes": row.row_bytes,
+                "saved_share": row.saved_share,
             }
             for row in costs
         ],
@@ -174,6 +181,7 @@ def _rows(costs: "list[UnitCosts]") -> list[list[object]]:
             f"{row.flops_share:>6.1%}",
             _shape(row.cut.row_shape) if row.cut else None,
             None if row.row_bytes is None else f"{row.row_bytes:>11,}",
+            None if row.saved_share is None else f"{row.saved_share:>5.0%}",
         ]
         for row in costs
     ]

@@ -16,6 +16,7 @@ import torch
 
 from tlcli.backbones.backbone import Backbone
 from tlcli.backbones.cut import Cut
+from tlcli.backbones.work import saved_text
 from tlcli.config.backbone import CacheMode, FeatureOptions
 from tlcli.config.commands import FinetuneConfig
 from tlcli.data.audit import examine, require_usable
@@ -77,6 +78,8 @@ class FeaturePlan:
         if self.rows_to_compute:
             how = " by a trial" if self.rows_to_compute >= TRIAL_ROWS else ""
             rows += f" ({size_text(self.new_bytes)}, about {self.predicted_seconds:.0f} s{how})"
+        saved = extractor.cut.saved
+        cut = saved_text(saved, extractor.cut.num_frozen_units) if saved else None
         policy = extractor.views.policy if extractor.views else None
         views = {}
         if policy and self.num_views > 1:
@@ -87,6 +90,7 @@ class FeaturePlan:
             + f" in {len(self.collection.dataset.class_names)} classes"
             + f" ({size_text(self.collection.num_bytes)})",
             "backbone": f"{extractor.backbone.name}, {extractor.cut.num_frozen_units} units frozen",
+            **({"cut": cut} if cut else {}),
             **views,
             "features": rows,
             "computes on": extractor.reason,
@@ -102,6 +106,7 @@ class FeaturePlan:
             "num_frozen_units": self.store.extractor.cut.num_frozen_units,
             "row_shape": list(self.store.extractor.cut.row_shape),
             "row_dtype": self.store.extractor.row_dtype,
+            "saved_share": 1.0 if (saved := self.store.extractor.cut.saved) is None else saved.share,
             "rows_to_reuse": self.rows_to_reuse,
             "rows_to_compute": self.rows_to_compute,
             "new_bytes": self.new_bytes,
