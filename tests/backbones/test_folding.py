@@ -27,6 +27,11 @@ FAMILIES = [
 ]
 
 
+def chosen(model, k):
+    """The name of the place where a training would cut, which checks that both modes agree there."""
+    return cut_at(model, k, (SIZE, SIZE)).node
+
+
 def num_places(model):
     return len({point.node for point in cut_points(model, (SIZE, SIZE))})
 
@@ -35,6 +40,8 @@ def num_places(model):
 def test_networks_that_hand_sizes_on_are_cut_after_each_unit(name, arguments, count, before):
     model = build(name, arguments)
     assert num_places(model) == len(units(model)) == count > before
+    for point in cut_points(model, (SIZE, SIZE))[1:-1:2]:
+        assert chosen(model, point.num_frozen_units) == point.node
     check_every_cut(model, SIZE, batches=(1, 2, 5), least=1e-5)
 
 
@@ -44,6 +51,16 @@ def test_a_function_that_returns_a_tensor_and_its_size_is_no_obstacle():
     model = stirred(MultiScaleVit(config, img_size=SIZE, num_classes=0, drop_path_rate=0.2))
     assert num_places(model) == len(units(model)) == 5
     check_every_cut(model, SIZE, batches=(1, 2, 5), least=1e-5)
+
+
+def test_constants_are_the_same_in_both_modes_though_their_names_differ():
+    """Swin makes the masks of its shifted windows where images have another size than it was made for."""
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", num_classes=0, img_size=56, embed_dim=24, depths=(2, 2, 2, 2)
+    )
+    points = cut_points(model, (56, 56))
+    assert len({point.node for point in points}) == len(units(model))
+    assert cut_at(model, 4, (56, 56)).node == points[3].node
 
 
 # Names are in the keys of cached rows: where they stay, the rows of earlier releases are used again.

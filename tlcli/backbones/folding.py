@@ -53,7 +53,7 @@ def fold(traced: Traced, model: nn.Module, image_size: tuple[int, int]) -> Trace
     except Exception:  # any network's code, run on a device it may not know: there are the cuts without
         constants = {}
     graph, names = _replaced(traced, constants)
-    result = Traced(graph=graph, names=names)
+    result = Traced(graph=graph, names=names, constants=traced.constants)
     chained = _chain_concatenations(result, model)
     if not constants and not chained:
         return traced

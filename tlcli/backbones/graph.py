@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
 from torchvision.models import feature_extraction
@@ -58,6 +59,7 @@ class Traced:
         inputs: Node -> every node it depends on, itself included.
         touches: Node -> parameters used by it, or by constants it takes; image-dependent nodes only.
         dominators: Nodes that every path from the image to the output passes, in order; the image first.
+        constants: The tensor constants of the network's graphs, by name.
     """
 
     graph: fx.Graph
@@ -65,6 +67,7 @@ class Traced:
     inputs: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
     touches: dict[fx.Node, frozenset[str]] = field(default_factory=dict)
     dominators: list[fx.Node] = field(default_factory=list)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def image(self) -> fx.Node:
@@ -95,7 +98,7 @@ def trace(model: nn.Module, frozen: frozenset[str], *, training: bool) -> Traced
                 f"{type(model).__name__} cannot be traced, so it can be frozen as a whole only: {reason}",
                 hint="Use --freeze all, or --freeze none.",
             ) from error
-    traced = Traced(graph=graph, names=dict(tracer.node_to_qualname))
+    traced = Traced(graph=graph, names=dict(tracer.node_to_qualname), constants=constants_of(model))
     analyse(traced, model)
     return traced
 
@@ -217,17 +220,26 @@ def twin_of(node: fx.Node, plain: Traced, random: Traced) -> fx.Node | None:
 
 
 def _signature(node: fx.Node, traced: Traced) -> list[tuple[Any, ...]]:
-    """Return the computation below `node` as comparable values."""
+    """Return the computation below `node` as comparable values.
+
+    Each trace gives constants new names, so that only their values can be compared.
+    """
     before = [item for item in traced.graph.nodes if item in traced.inputs[node]]
     places = {item: place for place, item in enumerate(before)}
     return [
         (
             item.op,
-            str(item.target),
+            _content(traced.constants[item.target]) if item.target in traced.constants else str(item.target),
             repr(fx.node.map_arg((item.args, item.kwargs), lambda arg: f"#{places[arg]}")),
         )
         for item in before
     ]
+
+
+def _content(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return type, shape and bytes of a tensor."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return tensor.dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes()
 
 
 def live(nodes: set[fx.Node], end: Any) -> set[fx.Node]:
