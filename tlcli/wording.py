@@ -29,6 +29,11 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TB"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun: "1 tensor", "12 tensors"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def near_misses(word: str, known: Iterable[str], *, most: int = 3, cutoff: float = 0.6) -> list[str]:
     """Return the names that `word` may have been meant for, the nearest first; capitals do not count.
 

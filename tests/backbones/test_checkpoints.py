@@ -25,11 +25,11 @@ SIZES = {
 ARCHITECTURES = ("resnet10t", "mobilenetv2_035", "convnext_atto", *SIZES)
 
 
-def network(name, seed=1, num_classes=7):
+def network(name, seed=1, num_classes=7, **arguments):
     torch.manual_seed(seed)
     if name.startswith("torchvision/"):
         return models.get_model(name.removeprefix("torchvision/"), weights=None)
-    return timm.create_model(name, num_classes=num_classes, **SIZES.get(name, {}))
+    return timm.create_model(name, num_classes=num_classes, **{**SIZES.get(name, {}), **arguments})
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -214,6 +214,13 @@ def test_heads_decoders_and_counters_are_no_surplus(load):
     assert_same(load("resnet10t", expected.state_dict() | more), expected)
 
 
+def test_the_right_architecture_under_unknown_names_is_not_blamed(load):
+    state = {f"{number}": value for number, value in enumerate(network("resnet10t").state_dict().values())}
+    with pytest.raises(BackboneError) as caught:
+        load("resnet10t", state)
+    assert "shapes of resnet10t under other names" in caught.value.hint
+
+
 # ---- two networks in one file -----------------------------------------------------------------------------
 
 
@@ -290,7 +297,7 @@ def test_first_layers_of_other_channels_are_adapted_as_timm_does(load, channels,
     torch.manual_seed(1)
     expected = timm.create_model("resnet10t", in_chans=channels)
     found = load("resnet10t", expected.state_dict())
-    assert f"{channels} channels" in caplog.text
+    assert f"of {channels} channel" in caplog.text
     weight = expected.conv1[0].weight
     assert torch.equal(found.conv1[0].weight, timm.models.adapt_input_conv(3, weight, base_chans=channels))
     assert torch.equal(found.layer1[0].conv1.weight, expected.layer1[0].conv1.weight)
@@ -311,6 +318,18 @@ def test_position_embeddings_are_resampled(load, prefix, caplog):
     assert torch.allclose(found.pos_embed, resampled)
     assert torch.equal(found.blocks[2].mlp.fc1.weight, expected.blocks[2].mlp.fc1.weight)
     assert "pos_embed was resampled from [1, 17, 192] to [1, 37, 192]" in caplog.text
+
+
+def test_a_vision_transformer_of_other_tokens_or_patches_is_refused(load):
+    """All but a few tensors fit, or a conversion would make them fit."""
+    whole = {"depth": 12, "img_size": 224}
+    for given, asked in (
+        ("deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224"),
+        ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"),
+        ("vit_small_patch32_224", "vit_small_patch16_224"),
+    ):
+        with pytest.raises(BackboneError, match=f"look like the weights of {given}"):
+            load(asked, network(given, **whole).state_dict(), **whole)
 
 
 # ---- other libraries --------------------------------------------------------------------------------------

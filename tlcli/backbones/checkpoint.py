@@ -13,6 +13,7 @@ import torch
 
 from tlcli.backbones.weights_file import StateDict
 
+CONTAINERS = (Mapping, list, tuple, argparse.Namespace)
 MAX_DEPTH = 24
 """How deeply containers may nest; what lies deeper is left out."""
 
@@ -64,7 +65,7 @@ def flatten(loaded: Any) -> Checkpoint:
             if isinstance(item, torch.Tensor):
                 tensors.setdefault(path + key, item)
                 nests[path] = None
-            else:
+            elif isinstance(item, CONTAINERS):
                 inner.append((f"{path}{key}.", depth + 1, item))
         pending.extend(reversed(inner))
     return Checkpoint(tensors, tuple(nests))

@@ -30,6 +30,7 @@ from tlcli.backbones.weights import Conversion
 from tlcli.backbones.weights_file import StateDict
 from tlcli.errors import TlcliError
 from tlcli.machine.memory import is_out_of_memory
+from tlcli.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,8 @@ def _from_transformers(then: Converter, state: StateDict) -> StateDict | None:
             found[f"blocks.{layer[1]}.{layer[2]}.{layer[3]}" if layer else name] = value
     for name, parts in joined.items():
         found[name] = torch.cat([parts["query"], parts["key"], parts["value"]])
+    if "register_tokens" in found:  # timm's filter knows DINOv2 by its mask token
+        found.setdefault("mask_token", torch.zeros(1))
     return then(found)
 
 
@@ -152,6 +155,12 @@ def _from_torchvision(model: nn.Module, state: StateDict) -> StateDict | None:
     try:
         original = torchvision_zoo.headless(name.removeprefix(torchvision_zoo.PREFIX), {}).eval()
         found = candidates(state, Target.of(original))[0]
+        for layer, channels in found.channels.items():
+            logger.warning(
+                "The first layer (%s) is for images of %s; it was adapted to three, as timm does.",
+                layer,
+                counted(channels, "channel"),
+            )
         values = original.state_dict()  # carries the format versions that some networks ask for
         values.update(found.tensors)
         original.load_state_dict(values)

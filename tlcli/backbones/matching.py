@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,8 +21,18 @@ MATCH_RATE = 0.95
 """Share of a backbone's tensors, and of its values, that a weights file must hold to be accepted."""
 
 MOST_CANDIDATES = 16
+TOKENS = {
+    "cls_token",
+    "reg_token",
+    "dist_token",
+    "pos_embed",
+}  # parts of a network without a dot in their names
 NOT_COUNTED = "num_batches_tracked"  # a counter that old checkpoints lack and evaluation does not use
 MOST_CHANNELS = 64  # of a first layer's images: beyond colours, the bands of satellites
+
+
+Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+"""Name -> (shape in the file, shape in the network)."""
 
 
 @dataclass(frozen=True)
@@ -69,25 +80,37 @@ class Match:
         rate: Share of tensors, or of values where that is less, that fit, of those that either side has; in
             [0, 1].
         prefix: What came before the network's names, as `--weights-key` takes it with the dot left out.
+        ordered: The order of tensors decided and not their names; then what is missing must be neutral.
+        neutral: Whether only norms and biases are missing, whose initial values change nothing.
         channels: Names of first layers that were adapted -> their channels in the file.
         how: What was done to the names, for people; "" for nothing but a prefix.
     """
 
     tensors: StateDict
     missing: tuple[str, ...]
-    wrong_shape: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    wrong_shape: Shapes
     unused: tuple[str, ...]
     surplus: tuple[str, ...]
     deeper: tuple[str, ...]
     rate: float
     prefix: str = ""
+    ordered: bool = False
+    neutral: bool = True
     channels: Mapping[str, int] = field(default_factory=dict)
     how: str = ""
 
     @property
     def accepted(self) -> bool:
-        """Return whether the tensors may be loaded."""
-        return self.rate >= MATCH_RATE and not self.wrong_shape and not self.deeper
+        """Return whether the tensors may be loaded.
+
+        A few may be missing, or too many; where one stands for the other it is another network.
+        """
+        other = (
+            self.wrong_shape
+            or self.deeper
+            or (self.missing and (self.surplus or (self.ordered and not self.neutral)))
+        )
+        return self.rate >= MATCH_RATE and not other
 
     @property
     def complete(self) -> bool:
@@ -135,7 +158,7 @@ def fit(state: StateDict, target: Target, prefix: str = "") -> Match:
                 continue
             if is_block := pattern(name) in target.patterns:
                 deeper.append(key)
-            if is_block or name.partition(".")[0] in target.parts:
+            if is_block or name.partition(".")[0] in target.parts or name in TOKENS:
                 surplus.append(key)
                 too_much += value.numel()
         elif value.shape == wanted.shape:
@@ -152,8 +175,10 @@ def fit(state: StateDict, target: Target, prefix: str = "") -> Match:
     )
     missing = tuple(name for name in target.counted if name not in tensors and name not in wrong)
     return Match(
-        tensors, missing, wrong, tuple(unused), tuple(surplus), tuple(deeper), rate, prefix, channels
-    )
+        tensors, missing, wrong, tuple(unused), tuple(surplus), tuple(deeper),
+        rate, prefix,
+        neutral=all(target.tensors[name].ndim == 1 for name in missing), channels=channels,
+    )  # fmt: skip
 
 
 def roots(state: StateDict, target: Target) -> Iterator[str]:
@@ -227,8 +252,11 @@ def _counts(name: str, value: torch.Tensor, target: Target) -> bool:
 
 def _heads(model: nn.Module) -> tuple[str, ...]:
     """Return how the names of the classifier begin, whose place an identity holds."""
-    getter = getattr(model, "get_classifier", None)
-    heads = getter() if getter else None
+    getter: Any = getattr(model, "get_classifier", None)
+    try:
+        heads = getter() if getter else None
+    except AttributeError:  # a few look inside a classifier that is gone
+        heads = None
     modules = heads if isinstance(heads, tuple | list) else (heads,)
     places = [name for name, module in model.named_modules() if any(module is head for head in modules)]
     named = getattr(model, "pretrained_cfg", {}).get("classifier")

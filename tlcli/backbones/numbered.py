@@ -6,6 +6,7 @@ of names. Order then says which part is which, and every shape and every name in
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def matches(state: StateDict, target: Target) -> list[Match]:
     if not any(one.complete for one in found):
         for root in roots(state, target):
             for named in renamed(state, target, root):
-                found += [under(root, one, "the order of its parts") for one in candidates(named, target)]
+                how = "the order of its parts"
+                found += [replace(under(root, one, how), ordered=True) for one in candidates(named, target)]
     return sorted(found, key=lambda one: one.order, reverse=True)
 
 

@@ -17,6 +17,7 @@ from tlcli.backbones import foreign, weights
 from tlcli.backbones.backbone import INIT_SEED, Backbone, no_drop_path
 from tlcli.backbones.image_sizes import ImageSizeError
 from tlcli.backbones.initialise import BATCH_NORMS, varied
+from tlcli.backbones.misfit import check_match
 from tlcli.backbones.preprocessing import preprocess_of
 from tlcli.backbones.specs import TimmSpec
 from tlcli.backbones.weights_file import StateDict, read_state_dict
@@ -242,7 +243,7 @@ def _pretrained(
     except _LoadFailed as error:
         if path.suffix != ".npz":
             headless = _create(name, spec.architecture, num_classes=0, pretrained_cfg=cfg, **spec.arguments)
-            weights.check_match(weights.match(state, headless), path, name)
+            check_match(weights.match(state, headless), path, name)
         raise BackboneError(
             f"Weights {str(path)!r} do not fit {name}: {error}",
             hint="They want the arguments they were trained with; is one of --model-kwargs another?",

@@ -13,17 +13,19 @@ from torch import nn
 from tlcli.backbones import numbered
 from tlcli.backbones.checkpoint import Checkpoint, flatten
 from tlcli.backbones.guess import guess
-from tlcli.backbones.matching import MATCH_RATE, Match, Target, below, candidates, roots, under
+from tlcli.backbones.matching import MATCH_RATE as MATCH_RATE
+from tlcli.backbones.matching import Match, Shapes, Target, below, candidates, fit, roots, under
+from tlcli.backbones.misfit import check_match
 from tlcli.backbones.weights_file import StateDict, read_checkpoint, some
 from tlcli.errors import BackboneError
 from tlcli.machine.memory import is_out_of_memory
+from tlcli.wording import counted
 
 logger = logging.getLogger(__name__)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.bool)  # counters, and the index tables of some transformers
 
-SHOWS = "`tlcli backbones list` shows the names."
 TOP = "."
 """How --weights-key names the tensors that lie at the top of a file, without any prefix."""
 
@@ -93,7 +95,7 @@ def load_weights(
     matches = _search(checkpoint.tensors, target, conversions)
     if key is not None:
         matches = _named(matches, key, checkpoint, path)
-    check_match(matches[0], path, name, checkpoint.tensors)
+    check_match(matches[0], path, name, checkpoint.tensors, target)
     found = _chosen(matches, path, name)
     _tell(found, matches, checkpoint, path, name)
     check_plain(found.tensors, path)
@@ -119,9 +121,16 @@ def _search(state: StateDict, target: Target, conversions: Sequence[Conversion])
 
 
 def _converted(state: StateDict, target: Target, conversion: Conversion, root: str) -> list[Match]:
+    kernels = {
+        name
+        for name, (have, want) in fit(state, target).wrong_shape.items()
+        if name.endswith("weight") and len(have) == len(want) == 4 and have[2:] != want[2:]
+    }
     try:
         named = conversion.convert(state)
-        return [under(root, one, conversion.how) for one in candidates(named, target)] if named else []
+        found = [under(root, one, conversion.how) for one in candidates(named, target)] if named else []
+        # Patches of another size would be resampled as well, but that is another architecture.
+        return [one for one in found if not kernels & one.tensors.keys()]
     except Exception as error:  # conversions are written for their own checkpoints, and fail freely on others
         if is_out_of_memory(error):
             raise
@@ -241,33 +250,31 @@ def _tell(
         logger.info("Matched the tensors of %s to %s by %s.", path, name, found.how)
     for layer, channels in found.channels.items():
         logger.warning(
-            "%s is for images of %d channels; its first layer (%s) was adapted to three, as timm does.",
+            "%s is for images of %s; its first layer (%s) was adapted to three, as timm does.",
             path,
-            channels,
+            counted(channels, "channel"),
             layer,
         )
-    for other in matches:
-        if other.prefix == found.prefix and other is not found:
-            for changed, (have, want) in other.wrong_shape.items():
-                if changed in found.tensors and "pos" in changed:
-                    logger.warning(
-                        "%s is of another image size: %s was resampled from %s to %s.",
-                        path, changed, list(have), list(want),
-                    )  # fmt: skip
-            break
+    if resampled := _resampled(found, matches):
+        changed, (have, want) = next(iter(resampled.items()))
+        more = f", and {len(resampled) - 1} more" if len(resampled) > 1 else ""
+        logger.warning(
+            "%s is for another image size: %s was resampled from %s to %s%s.",
+            path, changed, list(have), list(want), more,
+        )  # fmt: skip
     if found.missing:
         logger.warning(
-            "%s lacks %d tensors of %s (%s); they keep their initial values.",
+            "%s lacks %s of %s (%s); they keep their initial values.",
             path,
-            len(found.missing),
+            counted(len(found.missing), "tensor"),
             name,
             some(found.missing),
         )
     if found.surplus:
         logger.warning(
-            "%s holds %d tensors inside %s that it does not have (%s); they are left out.",
+            "%s holds %s inside %s that it does not have (%s); they are left out.",
             path,
-            len(found.surplus),
+            counted(len(found.surplus), "tensor"),
             name,
             some(found.surplus),
         )
@@ -275,63 +282,11 @@ def _tell(
         logger.debug("%s: not used: %s", path, ", ".join(found.unused))
 
 
-def check_match(
-    found: Match, path: str | os.PathLike[str], name: str, state: Mapping[str, torch.Tensor] | None = None
-) -> None:
-    """Refuse a poor fit, naming counts, examples, and the architecture that the file looks like.
-
-    Args:
-        found: How the file fits.
-        path: The file.
-        name: What the user called the backbone.
-        state: Everything in the file, from which the architecture is guessed.
-
-    Raises:
-        BackboneError: A tensor has the wrong shape, the network would have to be deeper, or the match rate is
-            below 95 %.
-    """
-    if found.accepted:
-        return
-    total = len(found.missing) + len(found.wrong_shape) + len(found.tensors)
-    named = len(found.wrong_shape) + len(found.tensors)
-    start = f"Weights {str(path)!r}"
-    if found.wrong_shape and named > total / 2:
-        key, (have, want) = next(iter(found.wrong_shape.items()))
-        what = (
-            f"{start} are not for {name}: {len(found.wrong_shape)} tensors have another shape, such as "
-            f"{key!r} ({list(have)} in the file, {list(want)} in the network)."
-        )
-    elif found.deeper and len(found.missing) < total / 2:
-        what = (
-            f"{start} are of a deeper network than {name}: the file has {len(found.deeper)} tensors of "
-            f"further blocks, such as {found.deeper[0]!r}."
-        )
-    elif found.surplus and not found.missing:
-        what = (
-            f"{start} are of another network than {name}: the file has {len(found.surplus)} tensors inside "
-            f"its parts that it does not have, such as {found.surplus[0]!r}."
-        )
-    else:
-        more = f" It has {len(found.surplus)} too many inside the network." if found.surplus else ""
-        what = (
-            f"{start} fit only {found.rate:.0%} of {name}: {len(found.tensors)} of {total} tensors were "
-            f"found, at least {MATCH_RATE:.0%} are expected. The network wants "
-            f"{some(found.missing) or 'no more'}; the file has {some(found.unused) or 'no more'}.{more}"
-        )
-    likely = guess(dict(state), near=name) if state and not any("/" in key for key in state) else None
-    if likely == name.partition(".")[0]:
-        hint = (
-            f"They fit {likely} as it is by itself: leave out --model-kwargs, or give those of its training."
-        )
-    elif likely:
-        what += f" These look like the weights of {likely}."
-        written = f"--backbone {likely} --weights {shlex.quote(str(path))}"
-        hint = f"Name the architecture they were trained with: {written}. {SHOWS}"
-    elif found.rate > 0.5 and not found.wrong_shape and not found.surplus:
-        hint = "The file is incomplete; save the network's whole state_dict() and use that."
-    else:
-        hint = f"Name the architecture they were trained with; {SHOWS}"
-    raise BackboneError(what, hint=hint)
+def _resampled(found: Match, matches: list[Match]) -> Shapes:
+    """Return the tensors that have another shape in the file, by what the names alone would have given."""
+    plain = (one for one in matches if one.prefix == found.prefix and not one.how)
+    wrong = next((one.wrong_shape for one in plain), {})
+    return {name: shapes for name, shapes in wrong.items() if name in found.tensors}
 
 
 def check_plain(state: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
