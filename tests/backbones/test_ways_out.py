@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import shlex
 import struct
 import subprocess
@@ -173,3 +174,27 @@ def test_the_command_for_a_deeper_network_is_run(tmp_path, run_cli):
 def test_a_key_without_a_file():
     with pytest.raises(UsageError, match="--weights-key"):
         BackboneOptions(backbone="resnet18", weights_key="model")
+
+
+def test_the_key_that_a_message_prints_is_run_and_kept_by_the_run(tmp_path, run_cli, make_images):
+    images = make_images(tmp_path / "images", {"a": 6, "b": 6})
+    content = {"two words": {f"m.{key}": value for key, value in network(1).state_dict().items()},
+               "teacher": network(2).state_dict()}  # fmt: skip
+    torch.save(content, tmp_path / "both.pth")
+    words = ("finetune", images, "--backbone", NAME, "--weights", tmp_path / "both.pth", "--image-size", "32")
+    result = run_cli(*words)
+    assert result.code == 4
+    chosen = re.findall(r"--weights-key (?:'[^']*'|\S+)", result.stderr)
+    assert chosen == ["--weights-key 'two words.m'", "--weights-key teacher."]
+    run = tmp_path / "run"
+    done = run_cli(*words, *shlex.split(chosen[0]), "-o", run)
+    assert done.code == 0, done.stderr
+    assert "licence of the weights" in done.stderr
+    again = run_cli("finetune", "--config", run / "config.yaml", "-o", tmp_path / "again")
+    assert again.code == 0, again.stderr
+    found = load_backbone(BackboneOptions(backbone=f"local-dir:{run}")).model.state_dict()
+    assert all(
+        torch.equal(value, found[key])
+        for key, value in network(1).state_dict().items()
+        if not key.startswith("fc.")
+    )
