@@ -331,6 +331,18 @@ def test_a_key_that_is_not_there(load):
     assert "student" in caught.value.hint
 
 
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_odd_tensors_in_two_sets_are_refused(load, kind):
+    state = dict(network("test_resnet").state_dict())
+    weight = state["conv1.0.weight"]
+    state["conv1.0.weight"] = weight.to_sparse() if kind == "sparse" else weight.to("meta")
+    with pytest.raises(BackboneError, match=kind):
+        load("test_resnet", {"student": state, "teacher": dict(state)})
+    state["conv1.0.weight"] = torch.ones(weight.shape[0], 1, *weight.shape[2:]).to_sparse()
+    with pytest.raises(BackboneError):
+        load("test_resnet", state)
+
+
 # ---- first layers for other images, other image sizes -----------------------------------------------------
 
 

@@ -239,7 +239,9 @@ def colours(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _is_first_layer(value: torch.Tensor, wanted: torch.Tensor) -> bool:
-    if value.ndim != 4 or wanted.ndim != 4 or wanted.shape[1] != 3 or not value.is_floating_point():
+    if value.ndim != 4 or wanted.ndim != 4 or wanted.shape[1] != 3:
+        return False
+    if not value.is_floating_point() or value.layout != torch.strided:
         return False
     same = value.shape[0] == wanted.shape[0] and value.shape[2:] == wanted.shape[2:]
     return same and 0 < value.shape[1] <= MOST_CHANNELS
