@@ -5,15 +5,15 @@ from typing import Any
 HEADER = """# Backbones that were tried
 
 Every family (module) of timm's models and of torchvision's classifiers, by its smallest member: shown, a head
-on frozen features, half of the units frozen, all trained, saved, reloaded in timm with equal logits, and evaluated
-again. Random weights, a dozen images, once with all defaults and once with `--dtype fp32 --amp none`.
+on frozen features, half of the units frozen, all trained, saved, reloaded in timm with equal logits, and
+evaluated again. Random weights, a dozen images, once with all defaults and once with `--dtype fp32 --amp none`.
 `make matrix` repeats it and writes this page.
 
 {counts}
 
 - **units** are what `--freeze K` counts, **cuts** the places among them where the network can be divided.
-- **saved** is the share of the frozen half's work that caching at its cut saves; the rest is computed again in
-  each epoch.
+- **saved** is the share of the frozen half's work that caching at its cut saves; the rest is computed again
+  in each epoch.
 - **computes in** is the number type of the frozen part on a processor that is quick at bf16.
 
 | family | member | image size | works | units | cuts | saved | computes in |
@@ -50,8 +50,8 @@ def _line(family: str, variants: dict[str, dict[str, Any]]) -> str:
         works = "yes, frozen as a whole"
     saved = "" if row.get("saved_at_half") is None else f"{row['saved_at_half']:.0%}"
     cells = [
-        family, row["name"], size, " ".join(works.split()), str(row.get("units", "")), str(row.get("cuts", "")),
-        saved, _type(row.get("head_computes", "")),
+        family, row["name"], size, " ".join(works.split()), str(row.get("units", "")),
+        str(row.get("cuts", "")), saved, _type(row.get("head_computes", "")),
     ]  # fmt: skip
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 

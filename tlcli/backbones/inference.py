@@ -37,10 +37,10 @@ FEW_LAYERS = 3  # more costs speed: the first layers have the largest maps
 CAREFUL_SHARE = 3 / 8
 GOOD_COSINE = 0.999  # median over synthetic images; below it more layers stay in fp32
 MIN_COSINE = 0.99  # below it all of them do
-# What is chosen is part of the cache key, and must not follow a busy machine: clearly slower, and by some time.
-SLOWER = 1.25
+# What is chosen is part of the cache key, and must not follow a busy machine: much slower, and by some time.
+SLOWER = 1.5
 SHORT_SECONDS = 0.005
-TIMED_RUNS = 3
+TIMED_RUNS, TIMED_IMAGES = 3, 2
 PROBE_IMAGES = 4
 PROBE_SCALES = (16, 64)  # pixels
 SHORT_FILTER = 64
@@ -157,7 +157,7 @@ def _under_autocast(
     cosine = median_cosine(run(wrapped, images), expected)
     if cosine < MIN_COSINE:
         return None, {}, f"bf16 strays too far in this backbone (cosine {cosine:.3f})"
-    reduced, plain = shortest_runs(wrapped, folded, images[:1])
+    reduced, plain = shortest_runs(wrapped, folded, images[:TIMED_IMAGES])
     if reduced > SLOWER * plain and reduced - plain > SHORT_SECONDS:
         return None, {}, f"bf16 by autocast takes {reduced / plain:.1f} times as long in this backbone"
     return (
