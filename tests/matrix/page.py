@@ -6,8 +6,8 @@ HEADER = """# Backbones that were tried
 
 Every family (module) of timm's models and of torchvision's classifiers, by its smallest member: shown, a head
 on frozen features, half of the units frozen, all trained, saved, reloaded in timm with equal logits, and
-evaluated again. Random weights, a dozen images, once with all defaults and once with `--dtype fp32 --amp none`.
-`make matrix` repeats it and writes this page.
+evaluated again. Random weights, a dozen images, once with all defaults and once in fp32
+(`--dtype fp32 --amp none`). `make matrix` repeats it and writes this page.
 
 {counts}
 
