@@ -34,7 +34,7 @@ from tlcli.backbones.graph import (
     writes,
 )
 from tlcli.backbones.units import Unit, frozen_modules, units
-from tlcli.backbones.work import SavedWork, saved_work
+from tlcli.backbones.work import SavedWork, behind, saved_work
 from tlcli.errors import BackboneError, UsageError
 
 
@@ -325,6 +325,8 @@ class _Division:
 
     def _saved(self, plain: Traced, node: fx.Node) -> SavedWork:
         """Return how much of the frozen work a cut saves."""
+        if not behind(plain, node, self.parts, self.num_frozen_units):
+            return SavedWork(1.0, self.num_frozen_units)
         self.model.eval()
         walk = Walk(self.model, plain.graph, set())
         walk.count(self.images, self.model)

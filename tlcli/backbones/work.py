@@ -58,17 +58,25 @@ def saved_work(
         parts: All units of the network.
         num_frozen_units: How many of them are frozen.
     """
-    owner = {name: unit.index for unit in parts[:num_frozen_units] for name in unit.modules}
     before = traced.inputs[node]
-    kept, again = 0, Counter[int]()
-    for item in traced.inputs[traced.output]:
-        work = flops.get(item, 0)
-        if item in before:
-            kept += work
-        elif work and (unit := _owner_of(traced.names.get(item, ""), owner)):
-            again[unit] += work
-    whole = min(again, default=num_frozen_units + 1) - 1
-    return SavedWork(kept / (kept + again.total()) if again else 1.0, whole)
+    kept = sum(flops.get(item, 0) for item in before)
+    again = Counter[int]()
+    for item, unit in behind(traced, node, parts, num_frozen_units).items():
+        again[unit] += flops.get(item, 0)
+    if not again.total():
+        return SavedWork(1.0, num_frozen_units)
+    first = min(unit for unit, work in again.items() if work)
+    return SavedWork(kept / (kept + again.total()), first - 1)
+
+
+def behind(traced: Traced, node: fx.Node, parts: list[Unit], num_frozen_units: int) -> dict[fx.Node, int]:
+    """Return the operations of frozen units that do not lie before `node`, and which unit each is of."""
+    owner = {name: unit.index for unit in parts[:num_frozen_units] for name in unit.modules}
+    found = {
+        item: _owner_of(traced.names.get(item, ""), owner)
+        for item in traced.inputs[traced.output] - traced.inputs[node]
+    }
+    return {item: unit for item, unit in found.items() if unit is not None}
 
 
 def _owner_of(name: str, owner: Mapping[str, int]) -> int | None:
