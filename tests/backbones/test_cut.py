@@ -28,6 +28,7 @@ QUICK = [
     ("deit_tiny_patch16_224", 32, {"img_size": 32}),
     ("deit_tiny_distilled_patch16_224", 32, {"img_size": 32}),
     ("eva02_tiny_patch14_224", 28, {"img_size": 28}),
+    ("vit_small_patch16_dinov3", 64, {"img_size": 64, "depth": 3}),
     ("vit_small_patch14_dinov2", 28, {"img_size": 28, "depth": 3}),
     ("beit_base_patch16_224", 32, {"img_size": 32, "depth": 3, "embed_dim": 192, "num_heads": 3}),
     ("cait_xxs24_224", 32, {"img_size": 32, "depth": 4}),
@@ -58,6 +59,8 @@ SLOW = [
     ("coatnet_pico_rw_224", 64, {"img_size": 64}),
     ("maxvit_pico_rw_256", 64, {"img_size": 64}),
     ("swin_tiny_patch4_window7_224", 56, {"img_size": 56}),
+    ("naflexvit_base_patch16_gap", 64, {"depth": 3, "embed_dim": 64, "num_heads": 2}),
+    ("swinv2_tiny_window8_256", 64, {"img_size": 64, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 32}),
     ("swinv2_tiny_window8_256", 64, {"img_size": 64}),
     ("dm_nfnet_f0", 32, {}),
     ("nf_resnet50", 32, {}),
@@ -140,6 +143,9 @@ def check(name, size, arguments, fractions=(0.34, 0.75)):
             torch.manual_seed(7)
             assert torch.equal(cut.suffix(rows), reference), f"{k}: train"
             assert torch.equal(rows, kept), f"{k}: the row was overwritten in train mode"
+            for part, inputs in ((cut.prefix, images), (cut.suffix, rows)):  # as they would on a GPU
+                moved = copy.deepcopy(part).to("meta")
+                assert moved(inputs.to("meta")).device.type == "meta", f"{k}: not where it was moved"
         statistics = dict(eager.named_buffers())
         assert cut.suffix.state_dict().keys() | cut.prefix.state_dict().keys() == model.state_dict().keys()
         for key, buffer in cut.suffix.named_buffers():

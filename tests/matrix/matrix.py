@@ -132,7 +132,7 @@ def main() -> int:
     before = stored()
     todo = [
         (member, variant)
-        for member in members()
+        for member in sorted(members(), key=lambda one: one.gflops)  # the giants last
         for variant in VARIANTS
         if member.family in options.families
         or (not options.families and (member.family, variant) not in before)

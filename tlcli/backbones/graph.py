@@ -254,12 +254,29 @@ def live(nodes: set[fx.Node], end: Any) -> set[fx.Node]:
     return live
 
 
+def _plain(node: fx.Node) -> Iterator[Any]:
+    """Yield the arguments of a node that are no collections."""
+    found: list[Any] = []
+    fx.node.map_aggregate((node.args, node.kwargs), found.append)
+    yield from found
+
+
+def _replace_devices(node: fx.Node, here: fx.Node) -> None:
+    def moved(value: Any) -> Any:
+        return here if isinstance(value, torch.device) else value
+
+    arguments: Any = fx.node.map_aggregate(node.args, moved)
+    named: Any = fx.node.map_aggregate(node.kwargs, moved)
+    node.args, node.kwargs = arguments, named
+
+
 def copy_graph(
     traced: Traced, nodes: Iterable[fx.Node], start: fx.Node, end: Any, *, clone: bool = False
 ) -> fx.Graph:
     """Return the part of a graph made of `nodes`, from `start` (its input) to `end` (its output).
 
-    The batch size is the first dimension of the input, wherever the part begins.
+    The batch size is the first dimension of the input, wherever the part begins. Where the network was traced
+    does not matter: what was made on that device is made where the input is.
     """
     wanted = set(nodes)
     graph = fx.Graph(tracer_cls=None)
@@ -267,12 +284,14 @@ def copy_graph(
     copies = {start: graph.call_method("clone", (first,)) if clone else first}
     for node in traced.graph.nodes:
         if node in wanted and node not in copies:
-            is_batch_size = node.target is batch_size
-            copies[node] = (
-                graph.call_method("size", (first, 0))
-                if is_batch_size
-                else graph.node_copy(node, copies.__getitem__)
-            )
+            if node.target is batch_size:
+                copies[node] = graph.call_method("size", (first, 0))
+                continue
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            if any(isinstance(value, torch.device) for value in _plain(node)):
+                with graph.inserting_before(copies[node]):
+                    here = graph.call_function(getattr, (first, "device"))
+                _replace_devices(copies[node], here)
     graph.output(copies[end])
     return graph
 

@@ -1,6 +1,7 @@
 """The network and the head as files of a run, compared with what was trained before the run is published."""
 
 import copy
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,9 @@ from tlcli.heads.linear import LinearHead
 from tlcli.runs.directory import RunDirectory
 
 MAX_LOGIT_DIFFERENCE = 1e-4
+_PLACES: dict[
+    str, str | None
+] = {}  # architecture and arguments -> name of the classifier that a head can become
 
 
 def save_model(
@@ -113,7 +117,10 @@ def _empty(backbone: Backbone, head: Head, num_classes: int) -> tuple[nn.Module,
     """Return an untrained timm network for a head, and the name of the classifier that the head becomes."""
     if isinstance(head, LinearHead) and not head.normalise:
         network = build_classifier(backbone.architecture, backbone.arguments, num_classes)
-        if place := classifier_name(network):
+        key = json.dumps([backbone.architecture, backbone.arguments], sort_keys=True, default=str)
+        if key not in _PLACES:  # asked before training, and again when the run is written
+            _PLACES[key] = classifier_name(network)
+        if place := _PLACES[key]:
             return network, place
     return build_classifier(backbone.architecture, backbone.arguments, 0), None
 
