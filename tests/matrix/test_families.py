@@ -39,12 +39,13 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("types", [("bf16", "bf16"), ("fp32", "none")], ids=["bf16", "fp32"])
+BF16, FP32 = ("bf16", "bf16"), ("fp32", "none")
+CASES = [*((name, BF16) for name in FAMILIES), ("swin_tiny_patch4_window7_224", FP32), ("gernet_s", FP32)]
+
+
+@pytest.mark.parametrize(("name", "types"), CASES, ids=[f"{name}-{types[0]}" for name, types in CASES])
 def test_everything_works(name, types, tmp_path, run_cli):
     size, arguments = FAMILIES[name]
-    if name == "halonet26t" and types[0] == "fp32":
-        pytest.skip("its images are large, and mixed types are what it is here for")
 
     def run(*words):
         words += ("--model-kwargs", arguments) if arguments and words[0] != "evaluate" else ()

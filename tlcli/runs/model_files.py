@@ -134,7 +134,7 @@ def _write_tensors(directory: RunDirectory, name: str, tensors: Mapping[str, Ten
 
 def _fill(network: nn.Module, trained: nn.Module, place: str | None, head: Head) -> None:
     """Load the trained tensors, and those of a head that becomes the classifier, into a fresh network."""
-    state = dict(trained.state_dict())
+    state = trained.state_dict()  # with the format versions that some modules ask for
     if place is not None and isinstance(head, LinearHead):
         state |= silence_norms(network, trained)
         state |= {f"{place}.weight": head.weight, f"{place}.bias": head.bias}
