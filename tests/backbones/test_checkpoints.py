@@ -325,6 +325,20 @@ def test_averaged_and_raw_weights(load, caplog, averaged, raw, used):
     assert_same(load("test_resnet", state, averaged), one)
 
 
+def test_averaged_parameters_without_the_rest_are_said_to_be_left_out(load, caplog):
+    net = network("test_resnet")
+    shadow = [value.detach() + 1 for value in net.parameters()]
+    assert_same(load("test_resnet", {"model": net.state_dict(), "ema": {"shadow": shadow}}), net)
+    assert "also holds averaged (EMA) weights (ema.shadow.0" in caplog.text
+    parameters = {name: value.detach() + 1 for name, value in net.named_parameters()}
+    caplog.clear()
+    assert_same(load("test_resnet", {"model": net.state_dict(), "model_ema": parameters}), net)
+    assert "averaged (EMA)" in caplog.text
+    caplog.clear()
+    assert_same(load("test_resnet", {"model": net.state_dict(), "ema": dict(net.state_dict())}), net)
+    assert "EMA" not in caplog.text  # an equal copy
+
+
 def test_a_key_that_is_not_there(load):
     with pytest.raises(BackboneError, match="under the key 'teacher'") as caught:
         load("test_resnet", {"student": network("test_resnet").state_dict()}, "teacher")

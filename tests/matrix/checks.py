@@ -48,7 +48,7 @@ def check(
         sizes: Image sizes to try, in order; None is the backbone's own.
         folder: Empty.
         run: Runs a command line.
-        options: Of extraction and training, such as --dtype fp32 --amp none.
+        options: Types of extraction and training, --dtype X --amp Y; () for the defaults.
 
     Raises:
         Refused: A command was refused before work.
@@ -65,13 +65,14 @@ def check(
         "saved_at_half": units[half - 1].get("saved_share"),
         "can_be_cut": all(unit["cut"] for unit in units),
     }
+    dtype, amp = options[:2], options[2:]
     tolerance = LOG_LOSS["fp32" if "fp32" in options else "default"]
     trainings = {"head": ("--l2", "0.01", "--folds", "2"), "full": ("--scenario", "full", "--epochs", "1")}
     if found["can_be_cut"]:
         trainings["freeze"] = ("--freeze", str(half), "--epochs", "1")
     for kind, words in trainings.items():
         output = folder / kind
-        shared = (*backbone, "--augment", "none", *options) if kind != "head" else (*backbone, *options[:2])
+        shared = (*backbone, *dtype, *(("--augment", "none", *amp) if kind != "head" else ()))
         document = _done(run("finetune", folder / "data", *shared, *words, "-o", output, "-q", "--json"))
         again = _done(run("evaluate", output, "-q", "--json"))
         _close(document["metrics"]["val"]["log_loss"], again["log_loss"], tolerance, f"evaluate of {kind}")

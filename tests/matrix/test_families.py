@@ -3,6 +3,8 @@
 `make matrix` does it for all families.
 """
 
+import json
+
 import pytest
 
 from tests.matrix import matrix
@@ -54,6 +56,28 @@ def test_everything_works(name, types, tmp_path, run_cli):
 
     found = check(name, [size], tmp_path, run, ("--dtype", types[0], "--amp", types[1]))
     assert found["can_be_cut"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FAMILIES)
+def test_everything_works_on_a_gpu_as_on_a_cpu(name, tmp_path, run_cli):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    size, arguments = FAMILIES[name]
+    losses = []
+    for device in ("cpu", "cuda"):
+
+        def run(*words, device=device):
+            words += ("--model-kwargs", arguments) if arguments and words[0] != "evaluate" else ()
+            done = run_cli(*words, *(("--device", device) if words[0] != "backbones" else ()))
+            return done.code, done.stdout, done.stderr
+
+        folder = tmp_path / device
+        check(name, [size], folder, run, ("--dtype", "fp32", "--amp", "none"))
+        losses.append(json.loads((folder / "head" / "evaluation-val.json").read_text())["log_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def test_the_table_has_every_family_that_is_installed():

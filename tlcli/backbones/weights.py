@@ -194,6 +194,7 @@ def _chosen(matches: list[Match], path: str | os.PathLike[str], name: str) -> Ma
         if other.order[:2] == best.order[:2] and not any(_equal(other, one) for one in rivals):
             rivals.append(other)
     if len(rivals) == 1:
+        _tell_of_part_average(best, matches, path)
         return best
     averaged = [one for one in rivals if _is_averaged(one)]
     raw = [one for one in rivals if not _is_averaged(one)]
@@ -219,6 +220,18 @@ def _chosen(matches: list[Match], path: str | os.PathLike[str], name: str) -> Ma
     )
 
 
+def _tell_of_part_average(found: Match, matches: list[Match], path: str | os.PathLike[str]) -> None:
+    """Warn where the file has averaged weights too that are no whole network: often its parameters alone."""
+    left = [name for name in found.unused if _has_averaged(name.rpartition(".")[0])]
+    whole = any(_is_averaged(one) and one.order[:2] == found.order[:2] for one in matches)
+    if left and not whole:
+        logger.warning(
+            "%s also holds averaged (EMA) weights (%s) that do not fill the network; the raw ones are used.",
+            path,
+            some(left),
+        )
+
+
 def _equal(one: Match, other: Match) -> bool:
     names = one.tensors.keys() & other.tensors.keys()
     return bool(names) and all(
@@ -229,7 +242,11 @@ def _equal(one: Match, other: Match) -> bool:
 
 
 def _is_averaged(found: Match) -> bool:
-    words = found.prefix.lower().replace("_", ".").replace("-", ".").split(".")
+    return _has_averaged(found.prefix)
+
+
+def _has_averaged(path: str) -> bool:
+    words = path.lower().replace("_", ".").replace("-", ".").split(".")
     return not AVERAGED.isdisjoint(words)
 
 
