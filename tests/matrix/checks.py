@@ -12,6 +12,8 @@ REFUSALS = (2, 4)  # exit codes of a usage error, and of a backbone that cannot 
 LOG_LOSS = {"fp32": 2e-3, "default": 0.05}  # relative; what evaluate may differ by
 LOGITS = 1e-3  # relative to the largest; what a reload in timm may differ by
 
+KINDS = ("head", "full", "freeze")
+
 Run = Callable[..., tuple[int, str, str]]
 """(words of a command line) -> exit code, stdout, stderr."""
 
@@ -39,7 +41,12 @@ def write_images(folder: Path) -> None:
 
 
 def check(
-    name: str, sizes: list[int | None], folder: Path, run: Run, options: tuple[str, ...]
+    name: str,
+    sizes: list[int | None],
+    folder: Path,
+    run: Run,
+    options: tuple[str, ...],
+    kinds: tuple[str, ...] = KINDS,
 ) -> dict[str, Any]:
     """Return what was found of a backbone with random weights.
 
@@ -49,6 +56,7 @@ def check(
         folder: Empty.
         run: Runs a command line.
         options: Types of extraction and training, --dtype X --amp Y; () for the defaults.
+        kinds: What is trained.
 
     Raises:
         Refused: A command was refused before work.
@@ -70,7 +78,7 @@ def check(
     trainings = {"head": ("--l2", "0.01", "--folds", "2"), "full": ("--scenario", "full", "--epochs", "1")}
     if found["can_be_cut"]:
         trainings["freeze"] = ("--freeze", str(half), "--epochs", "1")
-    for kind, words in trainings.items():
+    for kind, words in ((kind, words) for kind, words in trainings.items() if kind in kinds):
         output = folder / kind
         shared = (*backbone, *dtype, *(("--augment", "none", *amp) if kind != "head" else ()))
         document = _done(run("finetune", folder / "data", *shared, *words, "-o", output, "-q", "--json"))
