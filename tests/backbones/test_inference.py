@@ -276,6 +276,7 @@ def test_a_network_that_views_its_maps_runs_in_contiguous_memory(dtype):
     fast = inference.prepare(model, (32, 32), dtype, CPU)
     assert not fast.channels_last
     assert fast.facts["memory_format"] == "contiguous"
+    assert fast.reason.endswith("in contiguous memory")
     rows = inference.run(fast.module, images(32))
     assert inference.median_cosine(rows, model(images(32))) > 0.99
 

@@ -32,7 +32,7 @@ class Compute:
     Attributes:
         amp: Number type under automatic mixed precision; "none" is fp32.
         channels_last: Whether its maps and weights are in channels-last memory.
-        note: Why it is not the number type asked for; "" where it is.
+        note: What it cannot compute in, and why; "" where it computes as was asked.
     """
 
     amp: Amp = "none"
@@ -68,8 +68,7 @@ def choose_compute(cut: Cut, image_size: tuple[int, int], amp: Amp, device: torc
     types: tuple[Amp, ...] = (amp, "none") if amp != "none" else ("none",)
     for tried in types:
         for channels_last in formats:
-            note = f"{amp} does not run in this network ({first_line(problem)}), so it is trained in fp32"
-            found = Compute(tried, channels_last, note if tried != amp else "")
+            found = Compute(tried, channels_last, _note(amp, formats, problem, tried, channels_last))
             try:
                 _step(cut, rows, found, device)
             except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
@@ -84,6 +83,14 @@ def choose_compute(cut: Cut, image_size: tuple[int, int], amp: Amp, device: torc
         f"This network cannot be trained{after}: {first_line(problem)}",
         hint="Use --freeze all to train a head on its features.",
     ) from problem
+
+
+def _note(amp: Amp, formats: tuple[bool, ...], problem: Exception, tried: Amp, channels_last: bool) -> str:
+    """Return what was asked for and does not run."""
+    why = f"does not run in this network ({first_line(problem)}), so it is trained in"
+    if tried != amp:
+        return f"{amp} {why} fp32"
+    return f"channels-last memory {why} contiguous memory" if channels_last != formats[0] else ""
 
 
 def _step(cut: Cut, rows: Tensor, compute: Compute, device: torch.device) -> None:

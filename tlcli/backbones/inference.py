@@ -89,13 +89,16 @@ def prepare(
         "folded_batch_norms": count,
         "memory_format": "channels_last" if channels_last else "contiguous",
     }
+
+    def ready(module: nn.Module, more: dict[str, Any], reason: str) -> FastPrefix:
+        where = "" if channels_last else ", in contiguous memory"
+        return FastPrefix(module, channels_last, facts | more, reason + where)
+
     if dtype == torch.float32:
-        return FastPrefix(folded, channels_last, facts, "fp32")
+        return ready(folded, {}, "fp32")
     order = layers_in_order(folded, images[:1])
     if len(order) <= FEW_LAYERS:
-        return FastPrefix(
-            folded, channels_last, facts, f"fp32, because the prefix has only {len(order)} layers"
-        )
+        return ready(folded, {}, f"fp32, because the prefix has only {len(order)} layers")
     reasons = []
     for attempt in (_reduced_layers, _under_autocast):
         try:
@@ -109,9 +112,9 @@ def prepare(
             reasons.append("bf16 does not run in this backbone")
             continue
         if found is not None:
-            return FastPrefix(found, channels_last, facts | more, reason)
+            return ready(found, more, reason)
         reasons.append(reason)
-    return FastPrefix(folded, channels_last, facts, f"fp32, because {reasons[-1]}")
+    return ready(folded, {}, f"fp32, because {reasons[-1]}")
 
 
 def _placed(prefix: nn.Module, images: Tensor, device: torch.device) -> tuple[nn.Module, Tensor, bool]:
