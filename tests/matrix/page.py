@@ -33,7 +33,8 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [_line(family, variants) for family, variants in sorted(families.items(), key=_order)]
     works = sum(all(row["outcome"] == "works" for row in each.values()) for each in families.values())
     refused = sum(any(row["outcome"] == "refused" for row in each.values()) for each in families.values())
-    counts = f"{len(families)} families: {works} work, {refused} are refused before work."
+    counts = f"{len(families)} families: {works} work, {refused} are refused before work, "
+    counts += f"{len(families) - works - refused} do not work."
     return HEADER.format(counts=counts) + "\n".join(lines) + "\n"
 
 

@@ -110,7 +110,7 @@ def test_the_page_counts_what_works_and_gives_the_reasons():
             }  # fmt: skip
             rows.append(row)
     text = page(rows)
-    assert "3 families: 2 work, 1 are refused" in text
+    assert "3 families: 2 work, 1 are refused before work, 0 do not work." in text
     assert "| swin | swin | 64x64 | yes | 9 | 4 | 50% | bf16 by autocast |" in text
     assert "refused: error: no / hint: yes" in text
     assert text.index("| swin ") < text.index("| torchvision/vgg ")
