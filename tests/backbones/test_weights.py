@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import pickle
 import struct
@@ -166,6 +167,26 @@ def test_values_that_are_not_finite_are_refused(tmp_path, bad):
     save_file(source.state_dict(), tmp_path / "x.safetensors")
     with pytest.raises(BackboneError, match=r"conv_stem\.weight.*1 values"):
         load_weights(network(), tmp_path / "x.safetensors", NAME)
+
+
+class Bounded(torch.nn.Module):
+    """Clips its input to bounds that begin infinite, as timm's gemma4_vit does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4)
+        self.register_buffer("low", torch.tensor([-math.inf, 0.0]))
+
+
+def test_values_that_an_architecture_begins_with_may_be_infinite(tmp_path):
+    source = Bounded()
+    save_file(source.state_dict(), tmp_path / "x.safetensors")
+    load_weights(Bounded(), tmp_path / "x.safetensors", "bounded")
+    for wrong in ([math.inf, 0.0], [math.nan, 0.0], [-math.inf, math.inf]):
+        source.low = torch.tensor(wrong)
+        save_file(source.state_dict(), tmp_path / "x.safetensors")
+        with pytest.raises(BackboneError, match="'low'"):
+            load_weights(Bounded(), tmp_path / "x.safetensors", "bounded")
 
 
 @pytest.mark.parametrize("kind", ["sparse", "int8", "quantised", "meta"])

@@ -231,6 +231,10 @@ def _pretrained(
         state = read_state_dict(path)
         weights.check_plain(state, path)
         overlay = located | {"state_dict": state, "custom_load": False}
+
+    def headless() -> nn.Module:
+        return _create(name, spec.architecture, num_classes=0, pretrained_cfg=cfg, **spec.arguments)
+
     try:
         model = _create(
             name,
@@ -242,8 +246,7 @@ def _pretrained(
         )
     except _LoadFailed as error:
         if path.suffix != ".npz":
-            headless = _create(name, spec.architecture, num_classes=0, pretrained_cfg=cfg, **spec.arguments)
-            check_match(weights.match(state, headless), path, name)
+            check_match(weights.match(state, headless()), path, name)
         raise BackboneError(
             f"Weights {str(path)!r} do not fit {name}: {error}",
             hint="They want the arguments they were trained with; is one of --model-kwargs another?",
@@ -253,7 +256,7 @@ def _pretrained(
         weights.check_kinds(state, model, path)
     if getattr(model, "num_classes", 0):
         model.reset_classifier(0)  # type: ignore[operator]
-    weights.check_finite(model.state_dict(), path)
+    weights.check_finite(model.state_dict(), path, lambda: headless().state_dict())
     return model
 
 

@@ -99,7 +99,7 @@ def load_weights(
     found = _chosen(matches, path, name)
     _tell(found, matches, checkpoint, path, name)
     check_plain(found.tensors, path)
-    check_finite(found.tensors, path)
+    check_finite(found.tensors, path, model.state_dict)
     check_kinds(found.tensors, model, path)
     state = model.state_dict()  # carries the format versions that some modules ask for
     state.update(found.tensors)
@@ -320,18 +320,34 @@ def check_plain(state: Mapping[str, torch.Tensor], path: str | os.PathLike[str])
             )
 
 
-def check_finite(state: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
-    """Refuse NaN and infinity.
+def check_finite(
+    state: Mapping[str, torch.Tensor],
+    path: str | os.PathLike[str],
+    untrained: Callable[[], Mapping[str, torch.Tensor]],
+) -> None:
+    """Refuse NaN and infinity, except for infinite values that the architecture itself begins with.
+
+    Args:
+        state: Name -> tensor.
+        path: The file, for messages.
+        untrained: Returns the state of the network without these weights; called where a value is not finite.
 
     Raises:
         BackboneError: A tensor holds one.
     """
+    fresh: Mapping[str, torch.Tensor] | None = None
     for name, tensor in state.items():
         # A sum carries any NaN or infinity, and in float64 it cannot overflow by itself.
         if tensor.is_floating_point() and not math.isfinite(float(tensor.sum(dtype=torch.float64))):
-            bad = int((~torch.isfinite(tensor)).sum())
+            bad = ~torch.isfinite(tensor)
+            fresh = untrained() if fresh is None else fresh
+            initial = fresh.get(name, torch.empty(0))
+            # Layers that clip their input begin with infinite bounds.
+            if initial.shape == tensor.shape and torch.equal(tensor[bad], initial.to(tensor.dtype)[bad]):
+                continue
             raise BackboneError(
-                f"Weights {str(path)!r}: tensor {name!r} holds {bad} values that are NaN or infinite.",
+                f"Weights {str(path)!r}: tensor {name!r} holds {int(bad.sum())} values that are NaN or "
+                "infinite.",
                 hint="The file is damaged or its training diverged; get it again or use other weights.",
             )
 
