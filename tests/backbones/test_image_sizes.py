@@ -38,7 +38,7 @@ def test_advice_on_sizes_works(name, size):
     ("name", "size", "seen", "advised"),
     [
         ("vit_tiny_patch16_224", 100, (96, 96), ("96", "112")),
-        ("vit_tiny_patch16_224", "100x64", (96, 64), ("96x64",)),
+        ("vit_tiny_patch16_224", "100x64", (96, 64), ("96x64", "112x64")),
         ("mixer_s32_224", 100, (96, 96), ("96",)),
         ("convnext_atto", 98, (96, 96), ("96",)),
         ("torchvision/swin_t", 50, (48, 48), ("48",)),

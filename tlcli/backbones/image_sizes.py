@@ -35,8 +35,7 @@ def size_advice(
         if time.process_time() - started > TRY_SECONDS:
             break
         if takes(size):
-            side = str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
-            return f"--image-size {side} works; so does its own size, without --image-size."
+            return f"--image-size {_text(size)} works."
     return "Leave --image-size out: its own size works." if takes(None) else None
 
 
@@ -63,10 +62,14 @@ def _ceiling(side: int, step: int) -> int:
     return -(-side // step) * step
 
 
-def uncovered(backbone: Backbone) -> str | None:
+def uncovered(backbone: Backbone, takes: Callable[[tuple[int, int] | None], bool]) -> str | None:
     """Return a note where the network never looks at the last rows or columns of its images, else None.
 
     Measured: what it looks at changes what it gives, and has a gradient.
+
+    Args:
+        backbone: Loaded, its model in eval mode.
+        takes: As for `size_advice`; sizes are only advised where it says yes.
     """
     height, width = backbone.preprocess.image_size
     model = varied(backbone.model).eval()  # residual branches that begin at zero look at nothing
@@ -86,12 +89,20 @@ def uncovered(backbone: Backbone) -> str | None:
     if not seen[height // 2 :, width // 2 :].any():  # nothing that a patch explains
         return None
     rows, columns = (int(seen.any(1 - side).nonzero().max()) + 1 for side in (0, 1))
-    larger = f" or {_ceiling(height, step)}" if (step := _patch(backbone, height - rows)) else ""
-    sides = f"{rows}{larger}" if height == width else f"{rows}x{columns}"
-    return (
-        f"it looks at {rows}x{columns} pixels of images of {height}x{width}: the last rows or columns "
-        f"lie outside its patches; --image-size {sides} is looked at whole"
+    sizes = [(rows, columns)]
+    if step := _patch(backbone, height - rows):
+        sizes.append((_ceiling(height, step), _ceiling(width, step)))
+    advised = " or ".join(_text(size) for size in sizes if takes(size))
+    note = (
+        f"the backbone looks at {rows}x{columns} pixels of images of {height}x{width}: the last rows or "
+        "columns lie outside its patches"
     )
+    return f"{note}; with --image-size {advised} it looks at everything" if advised else note
+
+
+def _text(size: tuple[int, int]) -> str:
+    """Return a size as --image-size takes it."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
 def _patch(backbone: Backbone, left: int) -> int | None:

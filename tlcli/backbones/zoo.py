@@ -43,10 +43,13 @@ def load_backbone(options: BackboneOptions, drop_path: float = 0.0) -> Backbone:
     if options.random_init and options.weights:
         raise UsageError("--random-init and --weights contradict each other.", hint="Leave one of them out.")
     try:
-        return _load(options, options.backbone, drop_path)
+        backbone = _load(options, options.backbone, drop_path)
     except ImageSizeError as error:
         error.hint = size_advice(options.height_width, lambda size: _takes(options, size))
         raise
+    if options.height_width and (note := uncovered(backbone, lambda size: _takes(options, size))):
+        backbone.notes += (note,)
+    return backbone
 
 
 def _takes(options: BackboneOptions, size: tuple[int, int] | None) -> bool:
@@ -76,7 +79,6 @@ def _load(options: BackboneOptions, name: str, drop_path: float) -> Backbone:
         except BackboneError as error:
             raise build_error(name, spec.architecture, error, given) from error
     _set_drop_path(backbone, drop_path)
-    own_size = backbone.preprocess.image_size
     backbone.pretrained = not options.random_init
     if options.weights:
         backbone.license = None  # what is known is the licence of the architecture's own weights
@@ -84,8 +86,6 @@ def _load(options: BackboneOptions, name: str, drop_path: float) -> Backbone:
     backbone.preprocess = with_options(backbone.preprocess, options)
     backbone.model.eval()
     backbone.num_features = _check_forward(backbone)
-    if backbone.preprocess.image_size != own_size and (note := uncovered(backbone)):
-        backbone.notes += (note,)
     return backbone
 
 
