@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tlcli.backbones.compute import choose_compute
+from tlcli.backbones.compute import Compute, choose_compute
 from tlcli.backbones.cut import Cut, Frozen
 from tlcli.errors import BackboneError
 
@@ -42,20 +42,22 @@ def test_memory_format(amp, layers, channels_last):
 
 def test_contiguous_memory_where_there_is_no_convolution():
     cut = Cut(Frozen(), nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4)), "input", 0, (3, 8, 8))
-    assert not choose_compute(cut, (8, 8), "none", CPU).channels_last
+    assert choose_compute(cut, (8, 8), "none", CPU) == Compute("none", channels_last=False)
 
 
 def test_a_convolution_whose_backward_pass_ends_the_process_is_kept_from_channels_last_memory():
     """timm's gernet_s has one such; a segmentation fault or a heap error, without an exception."""
     cut = cut_of(nn.Conv2d(8, 8, 1, stride=2))
-    assert not choose_compute(cut, (224, 224), "none", CPU).channels_last
+    found = choose_compute(cut, (224, 224), "none", CPU)
+    assert not found.channels_last
+    assert "contiguous memory" in found.note
     assert choose_compute(cut_of(nn.Conv2d(8, 8, 1)), (8, 8), "none", CPU).channels_last
 
 
 def test_a_number_type_that_does_not_run_gives_way_to_fp32_with_a_note():
     found = choose_compute(cut_of(MixesTypes()), (8, 8), "bf16", CPU)
     assert found.amp == "none"
-    assert "bf16 does not run in this network" in found.note
+    assert "bf16 does not suit this network" in found.note
     assert "fp32" in found.note
     assert not choose_compute(cut_of(MixesTypes()), (8, 8), "none", CPU).note
 

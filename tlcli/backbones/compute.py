@@ -14,7 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from tlcli.backbones.cut import Cut
-from tlcli.backbones.memory_format import in_memory_format, suits_channels_last, to_channels_last
+from tlcli.backbones.memory_format import (
+    has_convolutions,
+    in_memory_format,
+    is_broken_in_channels_last,
+    to_channels_last,
+)
 from tlcli.errors import BackboneError
 from tlcli.machine.memory import is_out_of_memory
 from tlcli.wording import first_line
@@ -63,12 +68,15 @@ def choose_compute(cut: Cut, image_size: tuple[int, int], amp: Amp, device: torc
     with torch.no_grad():
         images = torch.randn(2, 3, *image_size, generator=torch.Generator().manual_seed(0))
         rows = cut.prefix(images).to(device)
-    formats = (True, False) if suits_channels_last(cut.suffix, device) else (False,)
-    problem: Exception = ValueError()
+    wanted, problem = has_convolutions(cut.suffix), Exception()
+    formats = (True, False) if wanted else (False,)
+    if wanted and is_broken_in_channels_last(cut.suffix, device):
+        formats, problem = (False,), Exception("a convolution of it is broken there on CPUs")
     types: tuple[Amp, ...] = (amp, "none") if amp != "none" else ("none",)
     for tried in types:
         for channels_last in formats:
-            found = Compute(tried, channels_last, _note(amp, formats, problem, tried, channels_last))
+            note = _note(problem, amp if tried != amp else "channels-last memory" if wanted else "")
+            found = Compute(tried, channels_last, "" if (tried, channels_last) == (amp, wanted) else note)
             try:
                 _step(cut, rows, found, device)
             except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
@@ -85,12 +93,10 @@ def choose_compute(cut: Cut, image_size: tuple[int, int], amp: Amp, device: torc
     ) from problem
 
 
-def _note(amp: Amp, formats: tuple[bool, ...], problem: Exception, tried: Amp, channels_last: bool) -> str:
-    """Return what was asked for and does not run."""
-    why = f"does not run in this network ({first_line(problem)}), so it is trained in"
-    if tried != amp:
-        return f"{amp} {why} fp32"
-    return f"channels-last memory {why} contiguous memory" if channels_last != formats[0] else ""
+def _note(problem: Exception, what: str) -> str:
+    """Return what does not run, and what is used instead."""
+    instead = "contiguous memory" if "memory" in what else "fp32"
+    return f"{what} does not suit this network ({first_line(problem)}), so it is trained in {instead}"
 
 
 def _step(cut: Cut, rows: Tensor, compute: Compute, device: torch.device) -> None:

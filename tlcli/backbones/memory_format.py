@@ -27,19 +27,21 @@ def in_memory_format(inputs: Tensor, channels_last: bool) -> Tensor:
     return inputs.contiguous(memory_format=wanted)
 
 
-def suits_channels_last(module: nn.Module, device: torch.device) -> bool:
-    """Return whether channels-last memory may be tried where a module is trained.
+def has_convolutions(module: nn.Module) -> bool:
+    """Return whether a module has weights of two-dimensional convolutions, which alone gain by the format."""
+    return any(parameter.dim() == 4 for parameter in module.parameters())
 
-    Not without convolutions, which alone gain by it; and not on a CPU where a convolution of 1x1 has a stride
-    and fewer than `FEW_CHANNELS` inputs: oneDNN's backward pass writes past its memory there, which ends the
-    process or gives wrong gradients (uxlfoundation/oneDNN issue 6035, open in November 2026).
+
+def is_broken_in_channels_last(module: nn.Module, device: torch.device) -> bool:
+    """Return whether training a module in channels-last memory would end the process or be wrong.
+
+    On a CPU oneDNN's backward pass of a 1x1 convolution with a stride and fewer than `FEW_CHANNELS` inputs
+    writes past its memory there (uxlfoundation/oneDNN issue 6035, open in November 2026).
     """
-    if device.type == "cpu" and any(
+    return device.type == "cpu" and any(
         isinstance(layer, nn.Conv2d)
         and max(layer.kernel_size) == 1
         and max(layer.stride) > 1
         and layer.in_channels // layer.groups < FEW_CHANNELS
         for layer in module.modules()
-    ):
-        return False
-    return any(parameter.dim() == 4 for parameter in module.parameters())
+    )

@@ -23,9 +23,8 @@ from tlcli.heads.linear import LinearHead
 from tlcli.runs.directory import RunDirectory
 
 MAX_LOGIT_DIFFERENCE = 1e-4
-_PLACES: dict[
-    str, str | None
-] = {}  # architecture and arguments -> name of the classifier that a head can become
+# Architecture and arguments -> name of the classifier that a head can become.
+_PLACES: dict[str, str | None] = {}
 
 
 def save_model(
