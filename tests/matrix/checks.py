@@ -81,11 +81,13 @@ def check(
     for kind, words in ((kind, words) for kind, words in trainings.items() if kind in kinds):
         output = folder / kind
         shared = (*backbone, *dtype, *(("--augment", "none", *amp) if kind != "head" else ()))
-        document = _done(run("finetune", folder / "data", *shared, *words, "-o", output, "-q", "--json"))
         try:
+            document = _done(run("finetune", folder / "data", *shared, *words, "-o", output, "-q", "--json"))
             again = _done(run("evaluate", output, "-q", "--json"))
-        except Refused as error:  # after work: the run is of no use
-            raise Broken(f"the run of {kind} cannot be measured: {error}") from error
+        except Refused as error:
+            if output.exists():  # work was done, and is of no use
+                raise Broken(f"{kind} was refused after work: {error}") from error
+            raise
         _close(document["metrics"]["val"]["log_loss"], again["log_loss"], tolerance, f"evaluate of {kind}")
         _reload(output, backbone[1])
         found[f"{kind}_computes"] = json.loads((output / "run.json").read_text())["dtype"]["reason"]
@@ -120,7 +122,7 @@ def _close(one: float, other: float, tolerance: float, what: str) -> None:
 
 
 def _reload(output: Path, name: str) -> None:
-    """Compare the logits of a run with those of timm, which knows nothing of tlcli."""
+    """Compare the logits of a run with those of timm or torchvision, which know nothing of tlcli."""
     import timm
     import torch
 
@@ -132,7 +134,7 @@ def _reload(output: Path, name: str) -> None:
     with torch.no_grad():
         expected = head.logits(backbone.model(images))
         if name.startswith("torchvision/"):
-            found = expected  # timm has no such network; saving compared what was written
+            found = head.logits(_by_torchvision(name, backbone.arguments, output)(images))
         else:
             model = timm.create_model(f"local-dir:{output}", pretrained=True).eval()
             found = model(images)
@@ -140,4 +142,27 @@ def _reload(output: Path, name: str) -> None:
                 found = head.logits(found)
     difference = float((found - expected).abs().max()) / max(1.0, float(expected.abs().max()))
     if not difference <= LOGITS:
-        raise Broken(f"timm gives logits that differ by {difference:.2g} from {os.path.basename(output)}'s")
+        raise Broken(f"reloaded, logits differ by {difference:.2g} from {os.path.basename(output)}'s")
+
+
+def _by_torchvision(name: str, arguments: dict[str, Any], output: Path) -> Any:
+    """Return torchvision's network without its last layer, with a run's tensors, as the README says."""
+    import torch
+    import torchvision
+    from safetensors.torch import load_file
+
+    kind = name.removeprefix("torchvision/")
+    if kind in {"googlenet", "inception_v3"}:
+        arguments = {**arguments, "aux_logits": False, "init_weights": False, "transform_input": True}
+    model = torchvision.models.get_model(kind, weights=None, **arguments)
+    if kind.startswith("squeezenet"):
+        model.classifier = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1))
+    else:
+        linear = [key for key, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        model.set_submodule(linear[-1], torch.nn.Identity())
+    state = model.state_dict()  # with the format versions that some networks ask for
+    tensors = load_file(output / "model.safetensors")
+    assert state.keys() == tensors.keys()
+    state.update(tensors)
+    model.load_state_dict(state)
+    return model.eval()
