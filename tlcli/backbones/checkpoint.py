@@ -37,7 +37,7 @@ class Checkpoint:
         return Checkpoint(kept, self.nests)
 
     def prefix_of_names(self, prefix: str) -> str:
-        """Return what of `prefix` belongs to the names themselves and is no key of nesting."""
+        """Return what of `prefix` belongs to the names themselves rather than to a nesting key."""
         nested = (nest for nest in self.nests if prefix.startswith(nest))
         return prefix[len(max(nested, key=len, default="")) :]
 

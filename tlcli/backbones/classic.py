@@ -346,7 +346,7 @@ def build(
         weights_file: Weights of a network built with the same options.
         weights_key: Which of several sets of tensors in that file is meant.
         random_init: Leave the weights random, always in the same way.
-        image_size: Height and width of the images in pixels, both alike; its own unless given.
+        image_size: Height and width of the images in pixels, which must be equal; its own by default.
 
     Raises:
         UsageError: The name or an option is unknown, or an option has no such value.

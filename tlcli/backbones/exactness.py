@@ -66,7 +66,7 @@ class Walk(fx.Interpreter):
 def row_shape(
     model: nn.Module, traced: Traced, node: fx.Node, images: torch.Tensor
 ) -> tuple[int, ...] | None:
-    """Return the shape of one image's row at `node`, or None where it is no floating-point row per image."""
+    """Return the shape of one image's row at `node`, or None where it is not a floating-point row."""
     if node is traced.image:
         return tuple(images.shape[1:])
     graph = copy_graph(traced, traced.inputs[node], traced.image, node)

@@ -10,6 +10,7 @@ which has the same values, each concatenation passes through the one before, and
 """
 
 import copy
+import logging
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,13 +20,13 @@ import torch
 from torch import fx, nn
 
 from tlcli.backbones.graph import Traced, analyse, batch_size, is_view, writes
+from tlcli.wording import first_line
+
+logger = logging.getLogger(__name__)
 
 BATCHES = (2, 101)  # the second so odd that no size of a network is near a multiple of it
-SHAPE_FUNCTIONS = {
-    torch.numel,
-    len,
-    operator.getitem,
-}  # an item that is no tensor, of what a function returns
+# getitem counts where the item that it takes of a function's result is not a tensor.
+SHAPE_FUNCTIONS = {torch.numel, len, operator.getitem}
 SHAPE_METHODS = {"size", "dim", "ndimension", "numel"}
 
 
@@ -50,7 +51,8 @@ def fold(traced: Traced, model: nn.Module, image_size: tuple[int, int]) -> Trace
     """
     try:
         constants = _constants(traced, model, image_size)
-    except Exception:  # any network's code, run on a device it may not know: there are the cuts without
+    except Exception as error:  # any network's code, on a device it may not know: the plain cuts remain
+        logger.debug("the image sizes of %s are not folded: %s", type(model).__name__, first_line(error))
         constants = {}
     graph, names = _replaced(traced, constants)
     result = Traced(graph=graph, names=names, constants=traced.constants)
@@ -101,7 +103,7 @@ def _reads_shape(node: fx.Node) -> bool:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the values that are no tensors."""
+    """Runs a graph and keeps the values that are not tensors."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         super().__init__(model, graph=graph)
@@ -128,7 +130,7 @@ def _expressed(small: Any, large: Any) -> Any:
     """Return the value of a node by what it is in the two batches.
 
     Raises:
-        Varies: It depends on the batch in another way, or is no plain value.
+        Varies: It depends on the batch in another way, or is not a plain value.
     """
     if isinstance(small, tuple | list) and isinstance(large, tuple | list) and len(small) == len(large):
         values = [_expressed(*pair) for pair in zip(small, large, strict=True)]

@@ -255,7 +255,7 @@ def live(nodes: set[fx.Node], end: Any) -> set[fx.Node]:
 
 
 def _plain(node: fx.Node) -> Iterator[Any]:
-    """Yield the arguments of a node that are no collections."""
+    """Yield the arguments of a node, those inside collections included."""
     found: list[Any] = []
     fx.node.map_aggregate((node.args, node.kwargs), found.append)
     yield from found

@@ -39,7 +39,7 @@ def check_match(
     if found.accepted:
         return
     what = f"Weights {str(path)!r} {_difference(found, name)}"
-    # The original names of JAX are no network's.
+    # JAX's original names match no network here.
     likely = guess(dict(state), near=name) if state and not any("/" in key for key in state) else None
     if likely == name.partition(".")[0]:
         hint = f"They fit {likely} as it is by itself; leave out --model-kwargs and --image-size."

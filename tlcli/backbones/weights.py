@@ -221,7 +221,7 @@ def _chosen(matches: list[Match], path: str | os.PathLike[str], name: str) -> Ma
 
 
 def _tell_of_part_average(found: Match, matches: list[Match], path: str | os.PathLike[str]) -> None:
-    """Warn where the file has averaged weights too that are no whole network: often its parameters alone."""
+    """Warn where the file has averaged weights too, but not a whole network: often parameters alone."""
     left = [name for name in found.unused if _has_averaged(name.rpartition(".")[0])]
     whole = any(_is_averaged(one) and one.order[:2] == found.order[:2] for one in matches)
     if left and not whole:
