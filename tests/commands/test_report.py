@@ -335,9 +335,9 @@ def test_a_trained_backbone_has_curves_its_whole_recipe_and_the_probe_beside_it(
     assert "Best heads" not in page.words
 
 
-def test_a_rate_from_a_range_test_is_shown(tmp_path: Path) -> None:
+def test_a_rate_that_was_searched_for_is_shown(tmp_path: Path) -> None:
     run = write_trained_run(tmp_path / "run", tmp_path, ["ant", "bee"], lr="auto")
-    assert "<dt>lr</dt><dd>0.0012 (range test)</dd>" in page_of(run)
+    assert "<dt>lr</dt><dd>0.0012 (found by short trainings)</dd>" in page_of(run)
 
 
 def test_an_epoch_chosen_on_val_is_ringed_and_said_to_flatter(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import math
 
 import pytest
+import timm
 import torch
+import torchvision
 from torch import nn
 
 from tests.training.recipes import recipe
@@ -11,10 +13,12 @@ from tlcli.errors import UsageError
 from tlcli.training.optimizer import (
     Average,
     Penalties,
+    Places,
     check_optimizer,
     make_optimizer,
     parameter_groups,
     set_rate,
+    undecayed_names,
 )
 
 # ---- groups ----------------------------------------------------------------------------------------------
@@ -24,7 +28,7 @@ def test_units_further_from_the_head_learn_slower_and_vectors_do_not_decay():
     network = nn.ModuleDict({"early": nn.Linear(2, 2), "late": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
     units = {"early.weight": 1, "early.bias": 1, "late.weight": 2, "late.bias": 2}
     network["early"].bias.requires_grad_(False)
-    groups = parameter_groups(network, units, 2, recipe(layer_decay=0.5, weight_decay=0.1))
+    groups = parameter_groups(network, Places(units, 2), recipe(layer_decay=0.5, weight_decay=0.1))
     found = {
         id(value): (group["scale"], group["weight_decay"]) for group in groups for value in group["params"]
     }
@@ -37,7 +41,9 @@ def test_units_further_from_the_head_learn_slower_and_vectors_do_not_decay():
 
 def test_the_rate_of_a_group_is_scaled():
     network = nn.Linear(2, 2)
-    optimizer = make_optimizer(parameter_groups(network, {"weight": 1}, 1, recipe(layer_decay=0.5)), recipe())
+    optimizer = make_optimizer(
+        parameter_groups(network, Places({"weight": 1}, 1), recipe(layer_decay=0.5)), recipe()
+    )
     set_rate(optimizer, 0.1)
     assert sorted(group["lr"] for group in optimizer.param_groups) == [0.05, 0.1]
 
@@ -48,7 +54,7 @@ def test_the_optimisers_of_the_text_books_lower_a_loss(name):
     layer, inputs = nn.Linear(4, 1), torch.randn(32, 4)
     targets = inputs @ torch.tensor([[1.0], [-2.0], [0.5], [3.0]])
     options = recipe(opt=name, weight_decay=0.0)
-    optimizer = make_optimizer(parameter_groups(layer, {}, 0, options), options)
+    optimizer = make_optimizer(parameter_groups(layer, Places(), options), options)
     losses = []
     for _ in range(60):
         set_rate(optimizer, 0.05)
@@ -67,6 +73,36 @@ def test_an_unknown_optimiser_is_refused_with_the_nearest(name):
     assert "adam" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("name", "spared", "decayed"),
+    [
+        ("vit_tiny_patch16_224", {"cls_token", "pos_embed"}, {"blocks.0.attn.qkv.weight"}),
+        ("swin_tiny_patch4_window7_224", {"layers.0.blocks.0.attn.relative_position_bias_table"},
+         {"layers.0.blocks.0.attn.qkv.weight"}),
+        ("xcit_nano_12_p16_224", {"cls_token", "pos_embed.token_projection.weight"},
+         {"blocks.0.attn.qkv.weight"}),
+    ],
+)  # fmt: skip
+def test_decay_spares_what_timm_spares(name, spared, decayed):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0)
+    found = undecayed_names(model)
+    assert spared <= found
+    groups = parameter_groups(model, Places(undecayed=found), recipe(weight_decay=0.1))
+    decay = {id(value): group["weight_decay"] for group in groups for value in group["params"]}
+    of = {key: decay[id(value)] for key, value in model.named_parameters()}
+    assert all(of[key] == 0.0 for key in spared)
+    assert all(of[key] == 0.1 for key in decayed)
+
+
+def test_decay_spares_the_embeddings_of_torchvision_which_says_nothing():
+    with torch.device("meta"):
+        models = [torchvision.models.vit_b_32(), torchvision.models.swin_t()]
+    assert {"class_token", "encoder.pos_embedding"} <= undecayed_names(models[0])
+    assert "features.1.0.attn.relative_position_bias_table" in undecayed_names(models[1])
+    assert not undecayed_names(torchvision.models.resnet18())
+
+
 # ---- penalties and the average ---------------------------------------------------------------------------
 
 
@@ -75,13 +111,54 @@ def test_l1_makes_zeros_and_max_norm_bounds_rows():
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[0.05, -0.3, 2.0], [3.0, 4.0, 0.0]]))
         layer.bias.fill_(9.0)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    optimizer = make_optimizer(parameter_groups(layer, Places(), recipe()), recipe(opt="sgd"))
+    set_rate(optimizer, 0.1)
     Penalties(recipe(l1=1.0), {}).project(optimizer)
     torch.testing.assert_close(layer.weight, torch.tensor([[0.0, -0.2, 1.9], [2.9, 3.9, 0.0]]))
     assert float(layer.weight[0, 0].detach()) == 0.0
     Penalties(recipe(max_norm=1.0), {}).project(optimizer)
-    assert float(layer.weight.norm(dim=1).max()) <= 1 + 1e-6
+    assert float(layer.weight.detach().norm(dim=1).max()) <= 1 + 1e-6
     assert layer.bias.tolist() == [9.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("adamw", {"lr": 0.05}), ("adam", {"lr": 0.05}), ("rmsprop", {"lr": 0.003}), ("sgd", {"lr": 0.05}),
+     ("adagrad", {"lr": 0.3})],
+)  # fmt: skip
+def test_l1_rests_where_the_penalised_loss_is_smallest(name, options):
+    """A quadratic whose minimum under l1 is known: soft thresholding, whatever metric the optimiser has."""
+    target = torch.tensor([[0.5, -0.2, 0.03, -0.01, 2.0]])
+    layer = nn.Linear(5, 1, bias=False)
+    fixed = recipe(opt=name, weight_decay=0.0, l1=0.05)
+    optimizer = make_optimizer(parameter_groups(layer, Places(), fixed), fixed)
+    penalties = Penalties(fixed, dict(layer.named_parameters()))
+    for step in range(800):
+        set_rate(optimizer, options["lr"] * (1 - step / 800))
+        optimizer.zero_grad()
+        (0.5 * (layer.weight - target).square().sum()).backward()
+        optimizer.step()
+        penalties.project(optimizer)
+    wanted = target.sign() * (target.abs() - 0.05).clamp_min(0)
+    torch.testing.assert_close(layer.weight.detach(), wanted, atol=0.01, rtol=0)
+    assert (layer.weight[0, 2:4] == 0).all()
+    assert penalties.share_of_zeros() == pytest.approx(0.4)
+
+
+def test_l1_and_l2_spare_what_decay_spares():
+    layer = nn.Linear(2, 2)
+    places = Places(undecayed=frozenset({"weight"}))
+    fixed = recipe(l1=1.0, l2="1.0", opt="sgd")
+    optimizer = make_optimizer(parameter_groups(layer, places, fixed), fixed)
+    set_rate(optimizer, 1.0)
+    before = {name: value.detach().clone() for name, value in layer.named_parameters()}
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    penalties = Penalties(fixed, dict(layer.named_parameters()), places.undecayed)
+    penalties.add_gradients()
+    penalties.project(optimizer)
+    assert not any(parameter.grad.any() for parameter in layer.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in layer.named_parameters())
 
 
 def test_l2_and_l2_sp_add_their_gradients():
@@ -89,7 +166,7 @@ def test_l2_and_l2_sp_add_their_gradients():
     start = {"weight": torch.ones(2, 2)}
     for parameter in layer.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    Penalties(recipe(l2="0.5", l2_sp=2.0), dict(layer.named_parameters()), start).add_gradients()
+    Penalties(recipe(l2="0.5", l2_sp=2.0), dict(layer.named_parameters()), start=start).add_gradients()
     torch.testing.assert_close(layer.weight.grad, 0.5 * layer.weight + 2.0 * (layer.weight - 1))
     assert not layer.bias.grad.any()
 

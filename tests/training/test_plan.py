@@ -32,7 +32,7 @@ IMAGES = {"a": 12, "b": 12, "c": 12}
 def config(folder, **options):
     fixed = {
         "folds": 2, "head_init": "probe", "epochs": 2, "batch_size": 8, "freeze": "3", "amp": "none",
-        "augment": "light", "views": 2,
+        "augment": "light", "views": 2, "publish": "trained", "lr": "0.002",
     }  # fmt: skip
     return tiny(FinetuneConfig, folder, **{**fixed, **options})
 
@@ -80,7 +80,8 @@ def test_a_scenario_trains_its_units_and_no_others(folder, options, scenario, fr
         unit_of[name] for name, value in before.named_parameters() if not torch.equal(after[name], value)
     }
     assert moved == set(range(frozen + 1, UNITS + 1))
-    assert [line["epoch"] for line in lines_of(result)] == [1, 2]
+    started = [] if scenario == "scratch" else [0]
+    assert [line["epoch"] for line in lines_of(result)] == [*started, 1, 2]
     json.dumps(result.document, allow_nan=False)
 
 
@@ -89,6 +90,7 @@ def test_easy_images_are_learnt(folder):
     assert result.document["metrics"]["val"]["top1_accuracy"] >= 0.8
     lines = lines_of(result)
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    assert "train_loss" in lines[0]  # from a random head: no epoch 0
 
 
 def test_two_thirds_are_frozen_without_a_number_and_that_is_said(folder):
@@ -205,7 +207,9 @@ def test_the_probe_is_told_and_used(folder):
 
 
 def test_what_val_selected_is_labelled(folder):
+    assert run(folder, publish="auto").document["training"]["selected_on"] == "val"
     assert run(folder).document["training"]["selected_on"] is None
+    assert run(folder, head_init="random").document["training"]["selected_on"] is None
     result = run(folder, patience=1, epochs=3)
     assert result.document["training"]["selected_on"] == "val"
     assert result.document["training"]["best_epoch"] >= 1

@@ -35,6 +35,9 @@ def finetune(out: Output, config: FinetuneConfig) -> None:
     out.hint(f"tlcli evaluate {run}    tlcli report {run}")
 
 
+_PUBLISHED = {"probe": "the linear probe", "trained": "the trained network"}
+
+
 def _rows(document: dict[str, Any]) -> list[tuple[str, str]]:
     head, seconds = document["head"], document["seconds"]
     rows = [("run", document["run_path"]), ("scenario", document["scenario"])]
@@ -49,11 +52,23 @@ def _rows(document: dict[str, Any]) -> list[tuple[str, str]]:
     if training := document.get("training"):
         if training["probe"] and training["probe"]["val_top1_accuracy"] is not None:
             rows.append(("linear probe before", f"{training['probe']['val_top1_accuracy']:.3f} on val"))
+        publication = training["publication"]
+        if publication["sentence"]:
+            rows.append(("published", _PUBLISHED[publication["published"]]))
+            rows.append(("compared", publication["sentence"]))
         rows.append(("trained", f"{training['epochs']} epochs, {training['steps']} steps"))
         if training["selected_on"]:
-            rows.append(("selected on", f"{training['selected_on']}, whose accuracy is therefore optimistic"))
+            rows.append(("selected on", _selected_on(training)))
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
     return [*rows, ("seconds", f"{seconds['total']:.1f} ({parts})")]
+
+
+def _selected_on(training: dict[str, Any]) -> str:
+    if training["selected_on"] == "train":
+        return "training images held out"
+    several = training["best_epoch"] is not None
+    much = "therefore optimistic" if several else "optimistic by the choice between two"
+    return f"{training['selected_on']}, whose accuracy is {much}"
 
 
 def _values(chosen: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ scratch train units of the backbone too.
 import dataclasses
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -346,11 +347,15 @@ def _trained_facts(plan: FinetunePlan, trained: TrainedBackbone) -> dict[str, An
     """Return what a trained network is."""
     assert plan.training is not None
     recipe = plan.training.recipe
-    selected_on = "val" if recipe.select_on_val else None
+    publication = trained.publication
+    selected_on = "val" if recipe.select_on_val else publication.selected_on
     training = {**trained.document(), "selected_on": selected_on}
+    chosen: Mapping[str, Any] = {"lr": trained.result.lr, "epochs": len(trained.result.history)}
+    if publication.published == "probe" and trained.probe is not None:
+        chosen = trained.probe.chosen
     head = {
         "kind": "mlp" if plan.config.hidden_sizes else "linear",
-        "chosen": {"lr": trained.result.lr, "epochs": len(trained.result.history)},
+        "chosen": chosen,
         "cv": None, "refit": False, "selected_on": selected_on,
     }  # fmt: skip
     return {"head": head, "training": training, "metrics": {"val": None}}

@@ -72,6 +72,8 @@ class FinetuneConfig(
             self._refuse_training_options()
         else:
             self._refuse_head_options()
+            self._refuse_publishing()
+            self._refuse_balancing_twice()
         if scenario == "scratch":
             self._refuse_pretraining()
 
@@ -99,6 +101,32 @@ class FinetuneConfig(
                     f"--{name} {getattr(self, name)!r} is a grid; a training takes one value.",
                     hint="Grids are for heads on frozen features (--freeze all).",
                 )
+
+    def _refuse_balancing_twice(self) -> None:
+        """Refuse to make up for rare classes twice."""
+        if self.class_weights == "balanced" and self.sampling == "balanced":
+            raise UsageError(
+                "--class-weights balanced and --sampling balanced both make up for rare classes: together "
+                "they would do it twice.",
+                hint="Leave one of them out.",
+            )
+
+    def _refuse_publishing(self) -> None:
+        """Refuse what chooses between a probe and a trained network where there is no such choice."""
+        if self.select_fraction is None:
+            return
+        if self.publish == "trained":
+            raise UsageError(
+                "--select-fraction holds out images to choose what is published, and --publish trained has "
+                "chosen.",
+                hint="Leave one of them out.",
+            )
+        if self.head_init == "random" or self.resolved_scenario() == "scratch" or self.random_init:
+            raise UsageError(
+                "--select-fraction chooses between the linear probe and the trained network, and a training "
+                "from random weights has no probe.",
+                hint="Leave --select-fraction out.",
+            )
 
     def _refuse_pretraining(self) -> None:
         """Refuse what needs pretrained weights, which scenario scratch gives up."""

@@ -113,7 +113,7 @@ class HeadOptions(Options):
     )
     lr: str | None = option(
         None,
-        "Learning rate, or auto for a range test; a comma-separated grid for an MLP head on frozen features. "
+        "Learning rate, or auto to try some; a comma-separated grid for an MLP head on frozen features. "
         "Lower it when the loss jumps.",
         metavar="RATE|auto|GRID",
         parse=_auto_or_numbers(1e-8, 10.0),

@@ -20,6 +20,19 @@ class TrainingOptions(Options):
         "probe starts from the linear head that is best on the frozen features (LP-FT), random does not; "
         "auto is probe where weights are pretrained.",
     )
+    publish: Literal["auto", "trained"] = option(
+        "auto",
+        "auto publishes the trained network or the linear probe it started from, whichever names more of "
+        "val's images rightly; trained insists on the trained one.",
+    )
+    select_fraction: float | None = option(
+        None,
+        "Share of the training images held out to choose what is published, so that val stays untouched; "
+        "0.2 without val, otherwise val chooses.",
+        metavar="SHARE",
+        minimum=0.01,
+        maximum=0.5,
+    )
     opt: str = option(
         "adamw",
         "Optimiser, by timm's name: sgd, momentum, rmsprop, adagrad, adam, adamw, lion, ... "

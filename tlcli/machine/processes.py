@@ -105,6 +105,26 @@ def from_main(item: T) -> T:
     return result
 
 
+def average(tensors: "Sequence[torch.Tensor]") -> None:
+    """Replace floating-point tensors by their means over all processes, in place; all give the same shapes.
+
+    Raises:
+        ResourceError: Another process ended.
+    """
+    if world_size() == 1 or not tensors:
+        return
+    import torch
+
+    flat = torch.cat([tensor.flatten().float() for tensor in tensors])
+    _together(lambda: torch.distributed.all_reduce(flat))
+    flat /= world_size()
+    start = 0
+    for tensor in tensors:
+        end = start + tensor.numel()
+        tensor.copy_(flat[start:end].view_as(tensor))
+        start = end
+
+
 def raise_together(error: TlcliError | None) -> None:
     """Raise the error of the first process that has one, on every process; each must call this.
 

@@ -31,3 +31,25 @@ def wilson_interval(successes: int, total: int) -> Interval:
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == total else min(1.0, centre + half)
     return Interval(low, high, "wilson")
+
+
+def paired_interval(only_first: int, only_second: int, total: int) -> Interval:
+    """Return the 95 % interval of the difference of two classifiers' accuracies on the same images.
+
+    Agresti & Min 2005, "Simple improved confidence intervals for comparing matched proportions": half an
+    image is added to each of the four counts.
+
+    Args:
+        only_first: Images that only the first gets right.
+        only_second: Images that only the second gets right.
+        total: All images, at least 1.
+
+    Returns:
+        Of the first's accuracy minus the second's, in [-1, 1].
+    """
+    if total < 1 or min(only_first, only_second) < 0 or only_first + only_second > total:
+        raise ValueError(f"expected counts of {total} images, got {only_first} and {only_second}")
+    first, second, count = only_first + 0.5, only_second + 0.5, total + 2
+    centre = (first - second) / count
+    half = NORMAL_QUANTILE_95 * math.sqrt(first + second - (first - second) ** 2 / count) / count
+    return Interval(max(-1.0, centre - half), min(1.0, centre + half), "agresti-min")

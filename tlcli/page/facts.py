@@ -71,7 +71,10 @@ def training_of(run: Mapping[str, Any]) -> dict[str, Any] | None:
     if not training:
         return None
     best = training.get("best_epoch")
+    publication = training.get("publication") or {}
     return {
+        "sentence": publication.get("sentence"),
+        "published": publication.get("published", "trained"),
         "probe": (training.get("probe") or {}).get("val_top1_accuracy"),
         "selected_on": training.get("selected_on"),
         "best_epoch": best,
@@ -94,7 +97,7 @@ def recipe_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings = {**recipe, **{name: value for name, value in augmentation.items() if name != "version"}}
     found = {name: _setting(name, value) for name, value in settings.items()}
     if "lr" in recipe and recipe["lr"] is None:
-        found["lr"] = f"{value_text(run['training']['lr'])} (range test)"
+        found["lr"] = f"{value_text(run['training']['lr'])} (found by short trainings)"
     return [(name.replace("_", " "), text) for name, text in found.items()]
 
 

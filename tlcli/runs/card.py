@@ -46,6 +46,9 @@ def _training_line(facts: Mapping[str, Any]) -> list[str]:
     recipe, training = facts.get("recipe"), facts.get("training")
     if not recipe or not training:
         return []
+    publication = training.get("publication") or {}
+    if publication.get("published") == "probe":
+        return [f"- Training: {publication['sentence'].capitalize()}."]
     count = facts["backbone"].get("num_frozen_units")
     augmentation = recipe.get("augmentation") or {}
     rate = training.get("lr") or recipe.get("lr")
@@ -62,7 +65,10 @@ def _training_line(facts: Mapping[str, Any]) -> list[str]:
         f"augmentation {augmentation['name']}" if "name" in augmentation else "",
         "started from a linear probe" if recipe.get("head_init") == "probe" else "",
     ]
-    return [f"- Training: {facts['scenario']}, " + ", ".join(part for part in parts if part)]
+    lines = [f"- Training: {facts['scenario']}, " + ", ".join(part for part in parts if part)]
+    if publication.get("sentence"):
+        lines.append(f"- Compared: {publication['sentence']}")
+    return lines
 
 
 def _usage(facts: Mapping[str, Any]) -> list[str]:

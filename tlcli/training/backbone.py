@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,9 +21,12 @@ from tlcli.runs.directory import RunDirectory
 from tlcli.training.checkpoints import Checkpoints
 from tlcli.training.inputs import ImageInputs, Inputs, RowInputs
 from tlcli.training.loop import Samples, Trained, network_logits, train
-from tlcli.training.network import make_network
+from tlcli.training.network import Network, make_network
+from tlcli.training.optimizer import undecayed_names
 from tlcli.training.plan import TrainingPlan
+from tlcli.training.publishing import Publication, candidate, held_out, publish
 from tlcli.training.setting import Setting
+from tlcli.training.stepper import diverged
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,8 @@ class TrainedBackbone:
         logits: fp32 [N, C] of val's images; None without val.
         result: What happened.
         probe: The head on frozen features it started from.
-        probe_accuracy: That head's accuracy on val.
+        probe_accuracy: Accuracy on val of the network before training.
+        publication: Whether the trained network is published or that of the probe.
     """
 
     head: Head
@@ -47,6 +51,7 @@ class TrainedBackbone:
     result: Trained
     probe: FittedHead | None
     probe_accuracy: float | None
+    publication: Publication
 
     def document(self) -> dict[str, Any]:
         """Return what happened, for run.json."""
@@ -59,7 +64,47 @@ class TrainedBackbone:
             "lr": self.result.lr,
             "best_epoch": self.result.best_epoch,
             "probe": probe,
+            "publication": self.publication.document(),
         }
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The images of a training.
+
+    Attributes:
+        train: Trained on.
+        val: Measured on; may be empty.
+        chooses: Choose between probe and trained network: val, or held out of train; None for neither.
+    """
+
+    train: Collection
+    val: Collection
+    chooses: Collection | None
+
+    @property
+    def selected_on(self) -> Literal["train", "val"]:
+        """Return the split that the choosing images are of."""
+        return "val" if self.chooses is self.val else "train"
+
+
+def divide(plan: TrainingPlan, train_part: Collection, val_part: Collection) -> Parts:
+    """Return the images to train on, to measure and to choose with.
+
+    Args:
+        plan: Its `select_fraction` is held out of train.
+        train_part: Usable images of train.
+        val_part: Usable images of val; may be empty.
+    """
+    if plan.recipe.head_init != "probe":
+        return Parts(train_part, val_part, None)
+    if not plan.select_fraction:
+        return Parts(train_part, val_part, val_part if val_part.samples else None)
+    out = held_out(labels_of(train_part), groups_of(train_part), plan.select_fraction, plan.recipe.seed)
+    if not out.any():
+        return Parts(train_part, val_part, None)
+    rest, chosen = (train_part.select(torch.nonzero(mask).flatten().tolist()) for mask in (~out, out))
+    return Parts(rest, val_part, chosen)
 
 
 # ---- training -------------------------------------------------------------------------------------------
@@ -83,43 +128,128 @@ def train_backbone(
         writer: Of the run.
         progress: Told of every image.
     """
-    extractor, recipe = plan.extractor, plan.recipe
-    num_classes = len(train_part.dataset.class_names)
-    device, workers = extractor.device, config.num_workers
+    extractor, recipe, workers = plan.extractor, plan.recipe, config.num_workers
+    parts = divide(plan, train_part, val_part)
     freeze_parameters(extractor.cut)
-    suffix = extractor.cut.suffix.to(device)
-    train_inputs = _inputs(plan, train_part, plan.num_views)
+    suffix = extractor.cut.suffix.to(extractor.device)
+    train_inputs = _inputs(plan, parts.train, plan.num_views)
     val_inputs = _inputs(plan, val_part, 1) if val_part.samples else None
-    probe, probe_accuracy = None, None
+    probe = None
     if recipe.head_init == "probe":
-        train_features, val_features = (
-            _pooled(plan, suffix, inputs, part, workers)
-            for inputs, part in ((train_inputs, train_part), (val_inputs, val_part))
-        )
-        probe = _fit_probe(config, train_features, train_part, num_classes, progress)
-        if val_part.samples:
-            probe_accuracy = _accuracy(probe.head.logits(val_features), labels_of(val_part))
-            logger.info("linear probe on the frozen features: val accuracy %.3f", probe_accuracy)
+        features = _pooled(plan, suffix, train_inputs, parts.train, workers)
+        probe = _fit_probe(config, features, parts.train, progress)
     network = make_network(
-        suffix.to("cpu"), extractor.backbone.num_features, num_classes, config,
+        suffix.to("cpu"), extractor.backbone.num_features, len(train_part.dataset.class_names), config,
         dropout=recipe.dropout, start=probe.head if probe else None, full=plan.scenario != "freeze",
     )  # fmt: skip
-    setting = Setting(
-        device=device, amp=plan.compute.amp, channels_last=plan.compute.channels_last, workers=workers,
-        unit_of={name: unit.index for unit in units(extractor.backbone.model) for name in unit.parameters},
-        num_units=plan.num_units,
+    measured = _Measured(plan, network, parts, val_inputs, workers)
+    before = measured.logits() if probe else None
+    start = {name: value.clone() for name, value in network.state_dict().items()} if probe else {}
+    row = [] if before is None or before.val is None else [_epoch_zero(before.val, labels_of(val_part))]
+    setting = _setting(plan, config, writer, progress, row)
+    val = Samples(val_inputs, labels_of(val_part)) if val_inputs is not None else None
+    trained = train(network, recipe, Samples(train_inputs, labels_of(parts.train)), val, setting)
+    after = measured.logits()
+    _check_finite(after, trained)
+    publication = _publication(plan, parts, before, after)
+    if publication.published == "probe" and before is not None:
+        network.load_state_dict(start)
+        after = before
+    accuracy = row[0]["val_accuracy"] if row else None
+    return TrainedBackbone(network.trained_head(), after.val, trained, probe, accuracy, publication)
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """What a network gives, fp32 [N, C]: for val, and for the images that choose."""
+
+    val: Tensor | None
+    chooses: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The images that networks are measured on, and the network that is."""
+
+    plan: TrainingPlan
+    network: Network
+    parts: Parts
+    val_inputs: Inputs | None
+    workers: int
+
+    def logits(self) -> _Logits:
+        """Return what the network gives now, computed as `evaluate` will."""
+        self.network.to(self.plan.extractor.device)
+        val = chooses = None
+        if self.val_inputs is not None:
+            val = chooses = network_logits(self.network, self.val_inputs, workers=self.workers)
+        if self.parts.chooses is not None and self.parts.selected_on == "train":
+            inputs = _inputs(self.plan, self.parts.chooses, 1)
+            chooses = network_logits(self.network, inputs, workers=self.workers)
+        self.network.to("cpu")
+        return _Logits(val, chooses)
+
+
+def _check_finite(found: _Logits, trained: Trained) -> None:
+    """Refuse a network that gives no numbers: the last step's loss was one, but it left weights that are not.
+
+    Raises:
+        UsageError: Its logits are not finite.
+    """
+    if any(part is not None and not part.isfinite().all() for part in (found.val, found.chooses)):
+        raise diverged(f"The network gives no numbers after step {trained.steps}", trained.lr)
+
+
+def _epoch_zero(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Return the line of metrics.jsonl of the network before training."""
+    found = candidate("probe", logits, labels)
+    return {
+        "kind": "epoch", "epoch": 0, "step": 0, "val_log_loss": found.log_loss,
+        "val_accuracy": found.top1_accuracy,
+    }  # fmt: skip
+
+
+def _publication(plan: TrainingPlan, parts: Parts, before: _Logits | None, after: _Logits) -> Publication:
+    """Choose between the probe and the trained network, and say what came of it."""
+    recipe = plan.recipe
+    if before is None:  # it started from a random head: there is nothing to compare with
+        return Publication("trained")
+    if parts.chooses is None or before.chooses is None or after.chooses is None:
+        if not plan.insist:
+            logger.warning(
+                "there are no images to compare the trained network with its probe on; it is published "
+                "unseen. Add val images, or more training images a class."
+            )
+        return Publication("trained", plan.insist)
+    labels = labels_of(parts.chooses)
+    found = publish(
+        [candidate("probe", before.chooses, labels), candidate("trained", after.chooses, labels)],
+        selected_on=parts.selected_on, insist=plan.insist,
+        balanced="balanced" in (recipe.class_weights, recipe.sampling),
+    )  # fmt: skip
+    logger.info("%s", found.sentence())
+    for _code, text in found.warnings():
+        logger.warning("%s", text)
+    return found
+
+
+def _setting(
+    plan: TrainingPlan,
+    config: FinetuneConfig,
+    writer: RunDirectory,
+    progress: Progress,
+    before: list[dict[str, Any]],
+) -> Setting:
+    unit_of = {name: unit.index for unit in units(plan.extractor.backbone.model) for name in unit.parameters}
+    return Setting(
+        device=plan.extractor.device, amp=plan.compute.amp, channels_last=plan.compute.channels_last,
+        workers=config.num_workers, unit_of=unit_of, num_units=plan.num_units,
+        undecayed=undecayed_names(plan.extractor.backbone.model),
         checkpoints=Checkpoints(writer.path), checkpoint_seconds=60 * config.checkpoint_minutes,
-        progress=progress, on_epoch=lambda history: writer.write_lines("metrics.jsonl", history),
+        progress=progress,
+        on_epoch=lambda history: writer.write_lines("metrics.jsonl", [*before, *history]),
         tracker=config.tracker, log_dir=writer.path,
     )  # fmt: skip
-    val = Samples(val_inputs, labels_of(val_part)) if val_inputs is not None else None
-    trained = train(network, recipe, Samples(train_inputs, labels_of(train_part)), val, setting)
-    logits = None
-    if val_inputs is not None:
-        network.to(device)
-        logits = network_logits(network, val_inputs, workers=workers)
-        network.to("cpu")
-    return TrainedBackbone(network.trained_head(), logits, trained, probe, probe_accuracy)
 
 
 def _inputs(plan: TrainingPlan, part: Collection, num_views: int | None) -> Inputs:
@@ -154,18 +284,13 @@ def _pooled(
         return network_logits(suffix, inputs, workers=workers)
 
 
-def _fit_probe(
-    config: FinetuneConfig, features: Tensor, part: Collection, num_classes: int, progress: Progress
-) -> FittedHead:
+def _fit_probe(config: FinetuneConfig, features: Tensor, part: Collection, progress: Progress) -> FittedHead:
     """Fit the head that training starts from, with the grid's own defaults."""
     options = dataclasses.replace(
         config, lr=None, dropout=None, epochs=None, patience=None, batch_size=None, l2="auto", l1=0.0,
         label_smoothing=None, scaling=UNCHANGED_SCALINGS,
     )  # fmt: skip
     return fit_head(
-        features, labels_of(part), num_classes, options, groups=groups_of(part), progress=progress
-    )
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return float((logits.argmax(1) == labels).double().mean())
+        features, labels_of(part), len(part.dataset.class_names), options, groups=groups_of(part),
+        progress=progress,
+    )  # fmt: skip

@@ -1,8 +1,9 @@
 """The training loop: over cached rows or images, in one process or several."""
 
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tlcli.errors import Interrupted
+from tlcli.errors import Interrupted, UsageError
 from tlcli.machine import interrupts, processes
-from tlcli.training import range_test
+from tlcli.training import rate_search
 from tlcli.training.inputs import PLAIN, Inputs, generator, loading
 from tlcli.training.network import Network, fp32_where_bf16_is_slow, holding
 from tlcli.training.recipe import Recipe
@@ -21,7 +22,7 @@ from tlcli.training.resume import Counters, State
 from tlcli.training.schedule import rate_factor
 from tlcli.training.selection import Selection
 from tlcli.training.setting import Setting
-from tlcli.training.stepper import Stepper
+from tlcli.training.stepper import Stepper, diverged
 
 logger = logging.getLogger(__name__)
 
@@ -93,11 +94,21 @@ def train(network: Network, recipe: Recipe, data: Samples, val: Samples | None, 
     )  # fmt: skip
 
 
-def network_logits(network: nn.Module, inputs: Inputs, *, workers: int) -> Tensor:
-    """Return what a network in eval mode gives for each sample's plain view, fp32 [N, C] on the CPU."""
+def network_logits(
+    network: nn.Module, inputs: Inputs, *, workers: int, samples: Sequence[int] | None = None
+) -> Tensor:
+    """Return what a network in eval mode gives for each sample's plain view, fp32 [N, C] on the CPU.
+
+    Args:
+        network: Rows or images to logits.
+        inputs: Of the samples.
+        workers: Threads that load.
+        samples: Positions of the samples; all by default.
+    """
     network.train()  # some attention layers keep their biases in eval mode, and drop them here alone
     network.eval()
-    mine = list(range(processes.rank(), len(inputs), processes.world_size()))
+    wanted = range(len(inputs)) if samples is None else samples
+    mine = list(wanted[processes.rank() :: processes.world_size()])
     batches = [mine[start : start + EVALUATION_BATCH] for start in range(0, len(mine), EVALUATION_BATCH)]
     parts = []
     with torch.no_grad(), loading(inputs, batches, PLAIN, workers=workers) as stream:
@@ -107,7 +118,7 @@ def network_logits(network: nn.Module, inputs: Inputs, *, workers: int) -> Tenso
         return found
     shares = processes.gather_objects(found)
     width = next(share.shape[1] for share in shares if len(share))
-    result = torch.empty(len(inputs), width)
+    result = torch.empty(len(wanted), width)
     for rank, share in enumerate(shares):
         result[rank :: processes.world_size()] = share
     return result
@@ -122,6 +133,11 @@ class _Loop:
         self.network, self.recipe, self.data, self.val, self.setting = network, recipe, data, val, setting
         self.rank, self.world = processes.rank(), processes.world_size()
         self.batch_size = min(recipe.batch_size, len(data.labels))
+        if self.batch_size < self.world:
+            raise UsageError(
+                f"A batch of {self.batch_size} images cannot be divided over {self.world} processes.",
+                hint="Use fewer processes.",
+            )
         self.steps_per_epoch = max(1, len(data.labels) // self.batch_size)
         self.stepper = Stepper(network, recipe, data.labels, setting)
         self.selection = Selection(recipe)
@@ -142,7 +158,7 @@ class _Loop:
             )
         if not counters.lr:
             counters.lr = self._find_rate()
-            logger.info("range test: learning rate %.2g", counters.lr)
+            logger.info("learning rate %.2g, found by short trainings", counters.lr)
         progress.start("training", recipe.epochs * self.steps_per_epoch * self.batch_size)
         progress.advance(counters.step * self.batch_size)
         while counters.epoch < recipe.epochs and not self.selection.is_over(counters.epoch):
@@ -158,11 +174,21 @@ class _Loop:
             self.network.load_state_dict(self.selection.best)
 
     def _find_rate(self) -> float:
-        batches = [batch for epoch in range(range_test.STEPS) for batch in self._batches(-1 - epoch)]
-        return range_test.find_rate(
-            self.stepper, self.data.inputs, self.data.labels, batches[: range_test.STEPS],
-            workers=self.setting.workers,
-        )  # fmt: skip
+        """Return a learning rate by short trainings on a part of the training images."""
+        inputs, workers = self.data.inputs, self.setting.workers
+        draw = generator(self.recipe.seed, "rate search")
+        out, rest = rate_search.held_out(self.data.labels, draw)
+        total = self.recipe.epochs * self.steps_per_epoch
+        count, found, epoch = min(rate_search.STEPS, total), list[list[int]](), 0
+        while len(found) < count:
+            epoch -= 1  # an order of its own
+            found += self._batches(epoch, rest)
+
+        def measure(samples: list[int]) -> Tensor:
+            return network_logits(self.network, inputs, workers=workers, samples=samples)
+
+        search = rate_search.RateSearch(self.stepper, inputs, self.data.labels, measure, workers)
+        return search.find(found[:count], out.tolist(), min(self.batch_size, len(rest)), total)
 
     def _train_epoch(self, stop_signal: Callable[[], int | None]) -> None:
         recipe, inputs, counters, stepper = self.recipe, self.data.inputs, self.counters, self.stepper
@@ -175,7 +201,7 @@ class _Loop:
         with loading(inputs, batches, counters.epoch, workers=self.setting.workers) as stream:
             for batch, loaded in zip(batches, stream, strict=True):
                 labels = self.data.labels[batch].to(stepper.device)
-                stepper.step(inputs.finish(loaded), labels, self.rate(), counters.step)
+                stepper.step(inputs.finish(loaded), labels, self.rate(), counters.step, whole=self.batch_size)
                 counters.step += 1
                 self.setting.progress.advance(self.batch_size)
                 if stepper.is_due():
@@ -209,20 +235,28 @@ class _Loop:
         if self.setting.checkpoints is not None and self.rank == 0:
             self.state.save(self.setting.checkpoints)
 
-    def _batches(self, epoch: int) -> list[list[int]]:
-        """Return this process's part of each batch: positions of samples, a function of (seed, epoch)."""
+    def _batches(self, epoch: int, samples: Tensor | None = None) -> list[list[int]]:
+        """Return this process's part of each batch: positions of samples, a function of (seed, epoch).
+
+        Args:
+            epoch: From 0.
+            samples: Positions to draw from; all by default.
+        """
         draw = generator(self.recipe.seed, "order", epoch)
-        count = len(self.data.labels)
+        labels = self.data.labels if samples is None else self.data.labels[samples]
+        count = len(labels)
         if self.recipe.sampling == "balanced":
-            per_class = torch.bincount(self.data.labels, minlength=self.network.num_classes).clamp_min(1)
-            weights = 1.0 / per_class[self.data.labels].double()
-            order = torch.multinomial(weights, count, replacement=True, generator=draw)
+            per_class = torch.bincount(labels, minlength=self.network.num_classes).clamp_min(1)
+            order = torch.multinomial(
+                1.0 / per_class[labels].double(), count, replacement=True, generator=draw
+            )
         else:
             order = torch.randperm(count, generator=draw)
-        size = self.batch_size
+        order = order if samples is None else samples[order]
+        size = min(self.batch_size, count)
         return [
             order[step * size + self.rank : (step + 1) * size : self.world].tolist()
-            for step in range(self.steps_per_epoch)
+            for step in range(max(1, count // size))
         ]
 
     def rate(self) -> float:
@@ -259,8 +293,11 @@ class _Loop:
         average = self.stepper.average
         with holding(self.network, average.values) if average else nullcontext():
             logits = network_logits(self.network, val.inputs, workers=self.setting.workers)
+        loss = float(functional.cross_entropy(logits, val.labels))
+        if not math.isfinite(loss):  # the last step's loss was, but not the weights that it left
+            raise diverged(f"The loss on val is {loss} after epoch {self.counters.epoch + 1}", self.rate())
         return {
-            "val_log_loss": float(functional.cross_entropy(logits, val.labels)),
+            "val_log_loss": loss,
             "val_accuracy": float((logits.argmax(1) == val.labels).double().mean()),
         }
 

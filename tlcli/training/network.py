@@ -134,6 +134,14 @@ class Network(nn.Module):
     def _norms(self) -> Iterator[nn.Module]:
         return (module for module in self.suffix.modules() if isinstance(module, BATCH_NORMS))
 
+    def norm_statistics(self) -> list[Tensor]:
+        """Return the BatchNorm statistics that follow the data, to be changed in place."""
+        norms = [norm for norm in self.modules() if isinstance(norm, BATCH_NORMS) and norm.training]
+        return [
+            value for norm in norms for name, value in norm.named_buffers(recurse=False)
+            if value.is_floating_point()
+        ]  # fmt: skip
+
     @property
     def has_batch_norm(self) -> bool:
         """Return whether trained units hold batch normalisation."""

@@ -5,6 +5,7 @@ Optimisers are timm's. What a step does depends on nothing that a checkpoint wou
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -15,36 +16,72 @@ from tlcli.training.recipe import Recipe
 from tlcli.wording import did_you_mean, near_misses
 
 IN_NEED_OF_CLOSURE = ("adahessian",)  # needs second derivatives, which the loop does not compute
+EMBEDDINGS = ("class_token", "pos_embedding", "position_embedding", "relative_position_bias_table")
 
 
 # ---- parameter groups and the optimiser -----------------------------------------------------------------
 
 
-def parameter_groups(
-    network: nn.Module, unit_of: Mapping[str, int], num_units: int, recipe: Recipe
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Places:
+    """Where in the network its parameters are.
+
+    Attributes:
+        unit_of: Parameter name -> unit of the backbone, from 1; names that are missing belong to the head.
+        num_units: Units of the backbone.
+        undecayed: Names that decay spares beside vectors, as position embeddings.
+    """
+
+    unit_of: Mapping[str, int] = field(default_factory=dict)
+    num_units: int = 0
+    undecayed: frozenset[str] = frozenset()
+
+
+def parameter_groups(network: nn.Module, places: Places, recipe: Recipe) -> list[dict[str, Any]]:
     """Return the trained parameters, grouped by learning rate and weight decay.
 
     The learning rate of unit i of n is `layer_decay ** (n + 1 - i)` of the head's (as in BEiT, Bao et al.
-    2021). Biases, norms and other vectors are spared weight decay.
+    2021). Weight decay spares biases, norms, other vectors, and what the architecture says it must.
 
     Args:
         network: Its trained parameters have `requires_grad`.
-        unit_of: Parameter name -> unit, from 1; names that are missing belong to the head.
-        num_units: Units of the backbone.
+        places: Where they are.
         recipe: Rates and decay.
     """
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+    above = places.num_units + 1
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
-        scale = recipe.layer_decay ** (num_units + 1 - unit_of.get(name, num_units + 1))
-        decay = 0.0 if parameter.ndim <= 1 else recipe.weight_decay
+        scale = recipe.layer_decay ** (above - places.unit_of.get(name, above))
+        penalised = is_penalised(name, parameter, places.undecayed)
+        decay = recipe.weight_decay if penalised else 0.0
         group = groups.setdefault(
-            (scale, decay), {"params": [], "weight_decay": decay, "scale": scale, "lr": 0.0}
+            (scale, decay, penalised),
+            {"params": [], "weight_decay": decay, "scale": scale, "lr": 0.0, "penalised": penalised},
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def undecayed_names(model: nn.Module) -> frozenset[str]:
+    """Return the parameters of a backbone that its authors spare weight decay, beside vectors.
+
+    timm's networks say which (patterns as in `pos_embed.*` among them); torchvision's do not, there they are
+    those that its reference training spares: tokens, position embeddings and biases of attention.
+
+    Args:
+        model: The whole backbone.
+    """
+    told = getattr(model, "no_weight_decay", None)
+    patterns = set(told()) if callable(told) else {f"*{word}*" for word in EMBEDDINGS}
+    names = (name for name, _ in model.named_parameters())
+    return frozenset(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def is_penalised(name: str, parameter: Tensor, undecayed: frozenset[str]) -> bool:
+    """Return whether weight decay, l2 and l1 act on a parameter."""
+    return parameter.ndim > 1 and name not in undecayed
 
 
 def make_optimizer(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
@@ -102,11 +139,13 @@ class Penalties:
     Attributes:
         recipe: Their strengths.
         trained: Name -> trained parameter.
+        undecayed: Names that l2 spares, as weight decay does.
         start: Name -> its pretrained value, for L2-SP (Li et al. 2018); the head has none.
     """
 
     recipe: Recipe
     trained: Mapping[str, nn.Parameter]
+    undecayed: frozenset[str] = frozenset()
     start: Mapping[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
@@ -115,7 +154,7 @@ class Penalties:
         for name, parameter in self.trained.items():
             if parameter.grad is None:
                 continue
-            if self.recipe.l2 and parameter.ndim > 1:
+            if self.recipe.l2 and is_penalised(name, parameter, self.undecayed):
                 parameter.grad.add_(parameter, alpha=self.recipe.l2)
             if self.recipe.l2_sp and name in self.start:
                 parameter.grad.add_(parameter - self.start[name], alpha=self.recipe.l2_sp)
@@ -128,15 +167,47 @@ class Penalties:
             return
         for group in optimizer.param_groups:
             for weight in group["params"]:
-                if weight.ndim <= 1:
-                    continue
-                if recipe.l1:
-                    threshold = group["lr"] * recipe.l1
+                if recipe.l1 and group["penalised"]:
+                    threshold = recipe.l1 * group["lr"] * metric(optimizer.state.get(weight, {}), group)
                     weight.copy_(weight.sign() * (weight.abs() - threshold).clamp_min(0))
-                if recipe.max_norm:
+                if recipe.max_norm and weight.ndim > 1:
                     norms = weight.flatten(1).norm(dim=1).clamp_min(1e-12)
                     shrink = (recipe.max_norm / norms).clamp_max(1.0)
                     weight.mul_(shrink.view(-1, *[1] * (weight.ndim - 1)))
+
+    def share_of_zeros(self) -> float:
+        """Return the share of the penalised weights that are exactly 0, in [0, 1]."""
+        weights = [value for name, value in self.trained.items() if is_penalised(name, value, self.undecayed)]
+        total = sum(weight.numel() for weight in weights)
+        return sum(int((weight == 0).sum()) for weight in weights) / total if total else 0.0
+
+
+def metric(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor | float:
+    """Return how far an optimiser moves a weight for a gradient of 1 and a learning rate of 1.
+
+    Adaptive optimisers divide by the size of past gradients, and momentum adds up its steps. A proximal step
+    must do so too, or it would be nothing beside them (Duchi, Hazan & Singer 2011, section 5.1).
+
+    Args:
+        state: The optimiser's, of one parameter.
+        group: The parameter's group.
+    """
+    epsilon = group.get("eps") or 1e-8
+    momentum = float(group.get("momentum") or 0.0) if "momentum_buffer" in state else 0.0
+    length = 1 / (1 - momentum)
+    if "exp_avg_sq" in state and "betas" in group:  # Adam and its kin
+        spread = state.get("max_exp_avg_sq", state["exp_avg_sq"])
+        steps = float(state.get("step", group.get("step", 0)) or 0)
+        correction = 1 - group["betas"][1] ** steps if steps else 1.0
+        found: Tensor = (spread / correction).sqrt()
+        return found.add(epsilon).reciprocal()
+    if "square_avg" in state:  # RMSprop
+        found = state["square_avg"].sqrt()
+        return found.add(epsilon).reciprocal() * length
+    if "sum" in state:  # Adagrad
+        found = state["sum"].sqrt()
+        return found.add(epsilon).reciprocal()
+    return length
 
 
 class Average:

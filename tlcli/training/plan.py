@@ -35,11 +35,12 @@ from tlcli.features.views import Views
 from tlcli.machine import processes
 from tlcli.machine.device import fast_bf16
 from tlcli.training.optimizer import check_optimizer
-from tlcli.training.recipe import Recipe, resolve
+from tlcli.training.recipe import Recipe, head_init, resolve
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_VIEWS = 4
+SELECT_FRACTION = 0.2  # of train, without val; as --val-fraction
 DEFAULT_SHARE = 2 / 3  # of the units, that --scenario freeze freezes without a number
 
 
@@ -57,6 +58,9 @@ class TrainingPlan:
         caching: Where the prefix's work is kept, and why; None where nothing is frozen.
         compute: How the trained part computes.
         num_units: Units of the backbone.
+        select_fraction: Share of the training images that is held out to choose between the probe and the
+            trained network; 0 where val chooses, or nothing is chosen.
+        insist: Whether the trained network is published whatever it is worth.
         notes: What people should know beforehand.
     """
 
@@ -68,6 +72,8 @@ class TrainingPlan:
     caching: CachingDecision | None
     compute: Compute
     num_units: int
+    select_fraction: float
+    insist: bool
     notes: tuple[str, ...]
 
     @property
@@ -126,8 +132,7 @@ def plan_training(
         config: With a scenario other than feature-extraction.
         collection: Images of train and val.
         continued: run.json of the run that is continued: what was measured for it holds.
-        dry_run: The plan is not carried out: nothing is written, and what a trial would
-            decide stays undecided.
+        dry_run: Nothing is written, and what a trial would decide stays undecided.
 
     Raises:
         UsageError: Options contradict each other.
@@ -138,16 +143,15 @@ def plan_training(
     backbone = load_trainable(config, scenario)
     num_units = len(units(backbone.model))
     frozen, notes = _frozen_units(config, num_units) if scenario == "freeze" else (0, ())
-    num_train = collection.num_images()["train"]
+    select_fraction = _select_fraction(config, collection)
+    num_train = round((1 - select_fraction) * collection.num_images()["train"])
     policy = resolve_policy(config, num_train)
     config = dataclasses.replace(config, freeze=str(frozen), scenario=scenario)
     num_views = 1 if policy.is_none else config.views or (DEFAULT_VIEWS if scenario == "freeze" else None)
+    norms = any(isinstance(module, BATCH_NORMS) for module in backbone.model.modules())
     recipe = resolve(
-        config,
-        num_train=num_train,
-        has_batch_norm=any(isinstance(module, BATCH_NORMS) for module in backbone.model.modules()),
-        num_processes=processes.world_size(),
-    )
+        config, num_train=num_train, has_batch_norm=norms, num_processes=processes.world_size()
+    )  # fmt: skip
     features, decision = None, None
     made_views = None if policy.is_none else Views(policy, config.view_seed)
     extractor = make_extractor(backbone, config, views=made_views)
@@ -171,7 +175,10 @@ def plan_training(
         whole = from_options(FeatureOptions, {**to_options(config), "freeze": "all"})
         features = _plan_features(config, collection, make_extractor(backbone, whole), 1)
     notes += (compute.note,) if compute.note else ()
-    return TrainingPlan(recipe, policy, num_views, extractor, features, decision, compute, num_units, notes)
+    return TrainingPlan(
+        recipe, policy, num_views, extractor, features, decision, compute, num_units, select_fraction,
+        config.publish == "trained", notes,
+    )  # fmt: skip
 
 
 def _compute(config: FinetuneConfig, extractor: Extractor) -> Compute:
@@ -231,6 +238,15 @@ def load_trainable(config: FinetuneConfig, scenario: Scenario) -> Backbone:
     backbone = load_backbone(dataclasses.replace(config, random_init=True), drop_path=config.drop_path)
     reinitialise(backbone.model, config.init, config.seed)
     return backbone
+
+
+def _select_fraction(config: FinetuneConfig, collection: Collection) -> float:
+    """Return the share of train that is held out to choose what is published; 0 where val chooses."""
+    if config.publish == "trained" or head_init(config) != "probe":
+        return 0.0
+    if config.select_fraction is not None:
+        return config.select_fraction
+    return 0.0 if collection.num_images().get("val") else SELECT_FRACTION
 
 
 def _frozen_units(config: FinetuneConfig, num_units: int) -> tuple[int, tuple[str, ...]]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from tlcli.config.commands import FinetuneConfig
 from tlcli.config.training import Scenario, TrainingOptions
+from tlcli.errors import UsageError
 
 # Optimiser steps that a default training takes, by scenario, and the epochs it stays within.
 STEPS = {"freeze": 400, "full": 400, "scratch": 4_000}
@@ -27,6 +28,9 @@ WARMUP_STEPS = 20
 LABEL_SMOOTHING = 0.1
 NORM_MIN_BATCH = 16  # images a process: fewer make the statistics of a batch too noisy
 NORM_MIN_IMAGES = 500
+NORM_MIN_STEPS = 300
+FULL_RATE_STEPS = 30
+RATE_POWER = 2.5
 LARGE = 20_000  # images, BiT's border between small and medium
 
 
@@ -36,7 +40,8 @@ class Recipe:
 
     Attributes:
         scenario: freeze, full or scratch.
-        lr: Peak learning rate, or None: found by a range test before training.
+        lr: Peak learning rate, or None: found by short trainings before the whole one.
+        usual_lr: The rule's rate for a training of many steps, where the search for a rate begins.
         norm: Whether BatchNorm of trained units follows the data.
         norm_reason: Why.
         head_init: Whether training starts from the linear probe (LP-FT) or a random head.
@@ -48,6 +53,7 @@ class Recipe:
     batch_size: int
     grad_accum: int
     lr: float | None
+    usual_lr: float
     opt: str
     momentum: float
     weight_decay: float
@@ -88,7 +94,7 @@ class Recipe:
 
     def summary(self) -> str:
         """Return the recipe in one line, for people."""
-        rate = "learning rate by range test" if self.lr is None else f"learning rate {self.lr:.2g}"
+        rate = "learning rate by short trainings" if self.lr is None else f"learning rate {self.lr:.2g}"
         start = "from the linear probe" if self.head_init == "probe" else "from a random head"
         parts = [
             f"{self.epochs} epochs of batch {self.batch_size}, {self.opt}, {rate}, {self.sched}",
@@ -119,27 +125,37 @@ def resolve(
         for item in dataclasses.fields(TrainingOptions)
         if item.name in Recipe.__dataclass_fields__
     }
-    norm, reason = _norm(config, scenario, num_train, batch // (num_processes * config.grad_accum))
+    steps_per_epoch = max(1, num_train // batch)
+    part = batch // (num_processes * config.grad_accum)  # images of a pass through the network
+    norm, reason = _norm(config, scenario, epochs * steps_per_epoch, num_train, part)
+    if norm == "train" and has_batch_norm and part < 2:
+        raise UsageError(
+            f"BatchNorm cannot follow the data in passes of one image: --batch-size {batch} is divided by "
+            f"--grad-accum {config.grad_accum} and over {num_processes} processes.",
+            hint="Use a larger --batch-size, a smaller --grad-accum, or --norm frozen.",
+        )
+    usual = _usual_rate(config, scenario, batch, has_batch_norm)
     smoothing = config.label_smoothing
     values: dict[str, Any] = {
         **options,
         "scenario": scenario,
         "epochs": epochs,
         "batch_size": batch,
-        "lr": _learning_rate(config, scenario, batch, has_batch_norm),
+        "lr": _learning_rate(config, usual, epochs * steps_per_epoch),
+        "usual_lr": usual,
         "weight_decay": _or(config.weight_decay, WEIGHT_DECAY[scenario]),
         "l2": _only(config.l2_values) or 0.0,
         "l1": config.l1,
         "max_norm": config.max_norm,
         "layer_decay": _or(config.layer_decay, LAYER_DECAY[scenario]),
-        "warmup_epochs": _or(config.warmup_epochs, _warmup(epochs, max(1, num_train // batch))),
+        "warmup_epochs": _or(config.warmup_epochs, _warmup(epochs, steps_per_epoch)),
         "decay_epochs": _or(config.decay_epochs, 2.0 if config.sched == "plateau" else epochs / 3),
         "label_smoothing": LABEL_SMOOTHING if smoothing is None else smoothing,
         "class_weights": config.class_weights,
         "dropout": _only(config.dropout_values) or 0.0,
         "norm": norm,
         "norm_reason": reason,
-        "head_init": _head_init(config, scenario),
+        "head_init": head_init(config),
         "patience": config.patience,
         "seed": config.seed,
     }
@@ -157,13 +173,23 @@ def _epochs(scenario: Scenario, num_train: int, batch: int) -> int:
     return max(fewest, min(most, math.ceil(STEPS[scenario] * batch / max(1, num_train))))
 
 
-def _learning_rate(
-    config: FinetuneConfig, scenario: Scenario, batch: int, has_batch_norm: bool
-) -> float | None:
+def _learning_rate(config: FinetuneConfig, usual: float, steps: int) -> float | None:
     if config.lr == "auto":
         return None
-    if config.lr is not None:
-        return _only(config.lr_values)
+    return usual * rate_by_steps(steps) if config.lr is None else _only(config.lr_values)
+
+
+def rate_by_steps(steps: int) -> float:
+    """Return the share of the usual learning rate that suits a training of so many steps, in (0, 1].
+
+    A network that starts from its probe first gets worse before it gets better, the more so the higher the
+    rate. In few steps it does not come back: measured in examples/benchmarks/recipe.py.
+    """
+    return min(1.0, float((steps / FULL_RATE_STEPS) ** RATE_POWER))
+
+
+def _usual_rate(config: FinetuneConfig, scenario: Scenario, batch: int, has_batch_norm: bool) -> float:
+    """Return the rate of a training of many steps."""
     words = config.opt.lower()
     if words.startswith(("sgd", "momentum", "nesterov", "lars", "muon")):
         rate = SGD_LR[scenario] * batch / 32
@@ -180,7 +206,7 @@ def _warmup(epochs: int, steps_per_epoch: int) -> float:
 
 
 def _norm(
-    config: FinetuneConfig, scenario: Scenario, num_train: int, batch: int
+    config: FinetuneConfig, scenario: Scenario, steps: int, num_train: int, batch: int
 ) -> tuple[Literal["frozen", "train"], str]:
     if config.norm != "auto":
         return config.norm, "asked for"
@@ -188,15 +214,18 @@ def _norm(
         return "train", "there are no pretrained statistics"
     if batch < NORM_MIN_BATCH:
         return "frozen", f"batches of {batch} are too small for statistics of their own"
+    if steps < NORM_MIN_STEPS:
+        return "frozen", f"{steps} steps are too few for statistics of their own"
     if num_train < NORM_MIN_IMAGES:
         return "frozen", f"{num_train} training images are too few for statistics of their own"
     return "train", f"batches of {batch} from {num_train} images"
 
 
-def _head_init(config: FinetuneConfig, scenario: Scenario) -> Literal["probe", "random"]:
+def head_init(config: FinetuneConfig) -> Literal["probe", "random"]:
+    """Return where training starts: from the linear probe, or from a random head."""
     if config.head_init != "auto":
         return config.head_init
-    return "random" if scenario == "scratch" or config.random_init else "probe"
+    return "random" if config.resolved_scenario() == "scratch" or config.random_init else "probe"
 
 
 def _only(values: tuple[float, ...] | None) -> float | None:

@@ -18,7 +18,7 @@ from tlcli.training.schedule import Plateau
 from tlcli.training.selection import Selection
 from tlcli.training.stepper import Stepper
 
-# Of a resumed recipe: a range test's result is in the checkpoint, and words do not change a training.
+# Of a resumed recipe: a rate that was searched for is in the checkpoint, and words change no training.
 ALLOWED_TO_DIFFER = ("lr", "norm_reason")
 
 
@@ -27,7 +27,7 @@ class Counters:
     """How far a training is.
 
     Attributes:
-        lr: Peak learning rate; 0 until a range test has found it.
+        lr: Peak learning rate; 0 until a search has found it.
         step: Optimiser steps done.
         epoch: Epochs done.
         history: One dict an epoch, as in metrics.jsonl.

@@ -23,6 +23,7 @@ class Setting:
         workers: Threads that load.
         unit_of: Backbone parameter name -> unit, from 1.
         num_units: Units of the backbone.
+        undecayed: Backbone parameters that decay spares beside vectors.
         checkpoints: Where states go; None saves none.
         checkpoint_seconds: Between two of them, beside those at the end of an epoch.
         progress: Told of every image.
@@ -37,6 +38,7 @@ class Setting:
     workers: int = 1
     unit_of: dict[str, int] = field(default_factory=dict)
     num_units: int = 0
+    undecayed: frozenset[str] = frozenset()
     checkpoints: Checkpoints | None = None
     checkpoint_seconds: float = 300.0
     progress: Progress = field(default_factory=Silent)

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from tlcli.backbones.memory_format import to_channels_last
@@ -14,7 +14,14 @@ from tlcli.machine import processes
 from tlcli.training.inputs import generator, random_seed
 from tlcli.training.mixing import mix
 from tlcli.training.network import Network
-from tlcli.training.optimizer import Average, Penalties, make_optimizer, parameter_groups, set_rate
+from tlcli.training.optimizer import (
+    Average,
+    Penalties,
+    Places,
+    make_optimizer,
+    parameter_groups,
+    set_rate,
+)
 from tlcli.training.optimizer_state import optimizer_state
 from tlcli.training.recipe import Recipe
 from tlcli.training.setting import Setting
@@ -54,13 +61,19 @@ class Stepper:
         if setting.channels_last:
             to_channels_last(network)
         names = network.backbone_names()
-        units = {name: setting.unit_of.get(own, setting.num_units) for name, own in names.items()}
-        groups = parameter_groups(network, units, setting.num_units, recipe)
+        places = Places(
+            {name: setting.unit_of.get(own, setting.num_units) for name, own in names.items()},
+            setting.num_units,
+            frozenset(name for name, own in names.items() if own in setting.undecayed),
+        )
+        groups = parameter_groups(network, places, recipe)
         trained = {name: value for name, value in network.named_parameters() if value.requires_grad}
         start = {}
         if recipe.l2_sp:
-            start = {name: value.detach().clone() for name, value in trained.items() if name in units}
-        self.penalties = Penalties(recipe, trained, start)
+            start = {
+                name: value.detach().clone() for name, value in trained.items() if name in places.unit_of
+            }
+        self.penalties = Penalties(recipe, trained, places.undecayed, start)
         self.optimizer = make_optimizer(groups, recipe)
         optimizer_state(self.optimizer)  # one whose state cannot be saved is refused now, not after an epoch
         self._model, self._prepared = self.accelerator.prepare(network, self.optimizer)
@@ -89,7 +102,9 @@ class Stepper:
         self.network.train_norm = train_norm
         self._model.train()
 
-    def step(self, inputs: Tensor, labels: Tensor, rate: float, number: int) -> None:
+    def step(
+        self, inputs: Tensor, labels: Tensor, rate: float, number: int, *, whole: int | None = None
+    ) -> None:
         """Do one optimiser step; what it gave waits to be read.
 
         Args:
@@ -97,8 +112,12 @@ class Stepper:
             labels: int64 [B] on the device.
             rate: Learning rate.
             number: Of the step, from 0: its randomness is a function of it and of the recipe's seed.
+            whole: Samples of the batch over all processes; B in one process.
         """
         recipe, rank, count = self.recipe, processes.rank(), len(inputs)
+        # The gradients of processes are averaged, so a sample of a small part would weigh more than one of a
+        # large part.
+        share = processes.world_size() / (whole or count)
         torch.manual_seed(random_seed(recipe.seed, "step", number, rank))
         draw = generator(recipe.seed, "mix", number, rank)
         set_rate(self.optimizer, rate)
@@ -106,17 +125,19 @@ class Stepper:
         inputs, targets = mix(inputs, targets, recipe, draw)
         total = torch.zeros((), device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        parts = list(zip(inputs.chunk(recipe.grad_accum), targets.chunk(recipe.grad_accum), strict=True))
+        # Even parts: one of a single sample would have no statistics for BatchNorm to follow.
+        pieces = min(recipe.grad_accum, count)
+        parts = list(zip(inputs.tensor_split(pieces), targets.tensor_split(pieces), strict=True))
         for index, (some, wanted) in enumerate(parts):
-            whole = index == len(parts) - 1
-            with nullcontext() if whole else self.accelerator.no_sync(self._model):
+            last = index == len(parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self._model):
                 outputs = self._model(some)
                 logits, *branches = outputs if isinstance(outputs, tuple) else (outputs,)
                 loss = self._loss(logits, wanted)
                 total += loss.detach() * len(some) / count
                 correct += (logits.detach().argmax(1) == wanted.argmax(1)).sum()
                 loss = loss + recipe.aux_weight * sum(self._loss(branch, wanted) for branch in branches)
-                self.accelerator.backward(loss * len(some) / count)
+                self.accelerator.backward(loss * len(some) * share)
         self._update()
         self._unread.append((number, rate, total, correct, count))
 
@@ -131,21 +152,33 @@ class Stepper:
         for number, rate, loss, correct, count in unread:
             mean = float(loss)
             if not math.isfinite(mean):
-                raise UsageError(
-                    f"The loss is {mean} at step {number + 1}, learning rate {rate:.2g}: training diverged.",
-                    hint="Lower --lr, or add --clip-grad 1; with --amp fp16 try bf16 or none.",
-                )
+                raise diverged(f"The loss is {mean} at step {number + 1}", rate)
             self.sums += torch.tensor([mean * count, int(correct), count], dtype=torch.float64)
         return mean
+
+    def reset(self) -> None:
+        """Forget what steps gave, and their gradients."""
+        self._unread.clear()
+        self.sums.zero_()
+        self.network.zero_grad(set_to_none=True)
 
     def is_due(self) -> bool:
         """Return whether enough steps have gone by to look at their losses."""
         return len(self._unread) >= self._read_steps
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return functional.cross_entropy(
-            logits.float(), targets, weight=self.class_weights, label_smoothing=self.recipe.label_smoothing
+        """Return the mean loss of a batch; class weights weigh a sample by its own, perhaps mixed, class.
+
+        torch's `weight` would weigh every term of the smoothed target, so that the share that smoothing
+        gives a rare class outweighs the class that is right.
+        """
+        smoothing = self.recipe.label_smoothing
+        if self.class_weights is None:
+            return functional.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+        losses = functional.cross_entropy(
+            logits.float(), targets, label_smoothing=smoothing, reduction="none"
         )
+        return (targets @ self.class_weights * losses).mean()
 
     def _update(self) -> None:
         recipe = self.recipe
@@ -154,11 +187,15 @@ class Stepper:
         if recipe.clip_grad:
             trained = list(self.penalties.trained.values())
             if recipe.clip_mode == "norm":
-                self.accelerator.clip_grad_norm_(trained, recipe.clip_grad)
+                nn.utils.clip_grad_norm_(trained, recipe.clip_grad)
             else:
-                self.accelerator.clip_grad_value_(trained, recipe.clip_grad)
+                nn.utils.clip_grad_value_(trained, recipe.clip_grad)
         self._prepared.step()
         self._prepared.zero_grad()
+        if processes.world_size() > 1 and self.network.train_norm:
+            processes.average(self.network.norm_statistics())
+        if self.accelerator.optimizer_step_was_skipped:  # fp16: a gradient was not finite
+            return
         self.penalties.project(self.optimizer)
         if self.average:
             self.average.update(self.network)
@@ -172,8 +209,21 @@ class Stepper:
         return weights.to(self.device)
 
 
+def diverged(what: str, rate: float) -> UsageError:
+    """Return the error of a training whose numbers are no longer finite.
+
+    Args:
+        what: Where that was seen.
+        rate: Learning rate there.
+    """
+    return UsageError(
+        f"{what}, learning rate {rate:.2g}: training diverged.",
+        hint="Lower --lr, or add --clip-grad 1; with --amp fp16 try bf16 or none.",
+    )
+
+
 def _accelerator(setting: Setting) -> Any:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState, PartialState
 
     processes.start(setting.device)
@@ -181,8 +231,11 @@ def _accelerator(setting: Setting) -> Any:
     AcceleratorState._reset_state()
     PartialState._reset_state()
     precision: Literal["no", "bf16", "fp16"] = "no" if setting.amp == "none" else setting.amp
+    # Statistics are averaged after every step, not overwritten by those of the first process.
+    handler = DistributedDataParallelKwargs(broadcast_buffers=False)
     return Accelerator(
         mixed_precision=precision,
+        kwargs_handlers=[handler],
         cpu=setting.device.type == "cpu",
         log_with=None if setting.tracker == "none" else setting.tracker,
         project_dir=setting.log_dir,
