@@ -44,6 +44,8 @@ class TrainedBackbone:
         probe: The head on frozen features it started from.
         probe_accuracy: Accuracy on val of the network before training.
         publication: Whether the trained network is published or that of the probe.
+        before: fp32 [N, C] of val's images before training; None without val or probe.
+        after: The same of the trained network, published or not.
     """
 
     head: Head
@@ -52,6 +54,8 @@ class TrainedBackbone:
     probe: FittedHead | None
     probe_accuracy: float | None
     publication: Publication
+    before: Tensor | None
+    after: Tensor | None
 
     def document(self) -> dict[str, Any]:
         """Return what happened, for run.json."""
@@ -152,11 +156,14 @@ def train_backbone(
     after = measured.logits()
     _check_finite(after, trained)
     publication = _publication(plan, parts, before, after)
+    published = after
     if publication.published == "probe" and before is not None:
         network.load_state_dict(start)
-        after = before
-    accuracy = row[0]["val_accuracy"] if row else None
-    return TrainedBackbone(network.trained_head(), after.val, trained, probe, accuracy, publication)
+        published = before
+    return TrainedBackbone(
+        network.trained_head(), published.val, trained, probe, row[0]["val_accuracy"] if row else None,
+        publication, before.val if before else None, after.val,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -93,9 +93,11 @@ def make_optimizer(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.
     from timm.optim import create_optimizer_v2
 
     check_optimizer(recipe.opt)
+    # timm's sgd is Nesterov's, which is not defined without momentum; its momentum then is plain descent.
+    name = "momentum" if recipe.opt.lower() == "sgd" and not recipe.momentum else recipe.opt
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            groups, opt=recipe.opt, lr=recipe.lr or 1e-3, momentum=recipe.momentum
+            groups, opt=name, lr=recipe.lr or 1e-3, momentum=recipe.momentum
         )
     except (AssertionError, ImportError, RuntimeError, ValueError, TypeError) as error:
         raise UsageError(

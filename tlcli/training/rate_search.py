@@ -62,8 +62,8 @@ class RateSearch:
             whole: Samples of a batch over all processes.
             total_steps: Optimiser steps of the whole training.
         """
-        usual = self.stepper.recipe.usual_lr
-        base = usual * rate_by_steps(len(batches))
+        recipe = self.stepper.recipe
+        base = recipe.usual_lr * rate_by_steps(len(batches), recipe.head_init)
         losses: dict[float, float] = {}
 
         def loss(multiple: float) -> float:
@@ -84,7 +84,7 @@ class RateSearch:
                 "--lr auto found no learning rate at which training does not diverge.",
                 hint="Give --lr, or add --clip-grad 1.",
             )
-        return usual * rate_by_steps(total_steps) * best
+        return recipe.usual_lr * rate_by_steps(total_steps, recipe.head_init) * best
 
     def _loss_after(self, batches: list[list[int]], held_out: list[int], whole: int, peak: float) -> float:
         """Return the loss on held-out samples after a short training; everything is put back."""

@@ -29,8 +29,7 @@ LABEL_SMOOTHING = 0.1
 NORM_MIN_BATCH = 16  # images a process: fewer make the statistics of a batch too noisy
 NORM_MIN_IMAGES = 500
 NORM_MIN_STEPS = 300
-FULL_RATE_STEPS = 30
-RATE_POWER = 2.5
+FULL_RATE_STEPS = 200
 LARGE = 20_000  # images, BiT's border between small and medium
 
 
@@ -176,16 +175,24 @@ def _epochs(scenario: Scenario, num_train: int, batch: int) -> int:
 def _learning_rate(config: FinetuneConfig, usual: float, steps: int) -> float | None:
     if config.lr == "auto":
         return None
-    return usual * rate_by_steps(steps) if config.lr is None else _only(config.lr_values)
+    if config.lr is not None:
+        return _only(config.lr_values)
+    return usual * rate_by_steps(steps, head_init(config))
 
 
-def rate_by_steps(steps: int) -> float:
+def rate_by_steps(steps: int, start: str) -> float:
     """Return the share of the usual learning rate that suits a training of so many steps, in (0, 1].
 
     A network that starts from its probe first gets worse before it gets better, the more so the higher the
     rate. In few steps it does not come back: measured in examples/benchmarks/recipe.py.
+
+    Args:
+        steps: Optimiser steps.
+        start: probe, or random: a random head has nothing to lose.
     """
-    return min(1.0, float((steps / FULL_RATE_STEPS) ** RATE_POWER))
+    if start == "random":
+        return 1.0
+    return min(1.0, steps / FULL_RATE_STEPS)
 
 
 def _usual_rate(config: FinetuneConfig, scenario: Scenario, batch: int, has_batch_norm: bool) -> float:

@@ -1,0 +1,180 @@
+"""One optimiser step, beside a plain torch loop and the closed form."""
+
+import pytest
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from torch.nn import functional
+
+from tests.training.recipes import recipe
+from tlcli.config.commands import FinetuneConfig
+from tlcli.errors import UsageError
+from tlcli.training.network import Network
+from tlcli.training.setting import Setting
+from tlcli.training.stepper import Stepper
+
+COUNTS = (12, 3, 1)
+LABELS = torch.tensor([label for label, count in enumerate(COUNTS) for _ in range(count)])
+
+
+def network(*, norm=False):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [nn.Flatten(), nn.Linear(5, 4), *([nn.BatchNorm1d(4)] if norm else [])]
+        return Network(nn.Sequential(*layers), nn.Linear(4, 3))
+
+
+def stepper(net, **options):
+    fixed = {"weight_decay": 0.0, "label_smoothing": 0.0, "opt": "sgd", "momentum": 0.0,
+             "layer_decay": 1.0}  # fmt: skip
+    return Stepper(net, recipe(**{**fixed, **options}), LABELS, Setting(device=torch.device("cpu")))
+
+
+def batch(count=16):
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(count, 5, 1, 1, generator=draw), LABELS[:count]
+
+
+def smoothed(labels, smoothing):
+    """Targets with label smoothing, by its definition (Szegedy et al. 2016, section 7)."""
+    return (1 - smoothing) * functional.one_hot(labels, 3).double() + smoothing / 3
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weights", ["none", "balanced"])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_a_step_is_that_of_a_plain_loop(smoothing, weights, passes):
+    """A class weight is its image's, whatever smoothing gives to other classes, as scikit-learn has it."""
+    inputs, labels = batch()
+    ours, plain = network(), network()
+    mine = stepper(ours, label_smoothing=smoothing, class_weights=weights, grad_accum=passes)
+    mine.start_epoch(train_norm=False)
+    mine.step(inputs, labels, 0.1, 0)
+    per_image = -(smoothed(labels, smoothing) * plain(inputs).double().log_softmax(1)).sum(1)
+    if weights == "balanced":  # n / (classes * count), scikit-learn's
+        per_image = per_image * torch.tensor([16 / (3 * COUNTS[label]) for label in labels])
+    loss = per_image.mean()
+    loss.backward()
+    assert mine.read() == pytest.approx(float(loss.detach()), rel=1e-5)
+    for (name, value), (_, expected) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(value, expected - 0.1 * expected.grad, msg=name)
+
+
+def test_a_mixed_image_weighs_as_the_classes_it_is_mixed_of():
+    mine = stepper(network(), class_weights="balanced", label_smoothing=0.1)
+    logits = torch.randn(1, 3, generator=torch.Generator().manual_seed(2))
+    target = torch.tensor([[0.25, 0.0, 0.75]])
+    weight = 0.25 * 16 / 36 + 0.75 * 16 / 3
+    expected = -((0.9 * target + 0.1 / 3) * logits.log_softmax(1)).sum() * weight
+    assert float(mine._loss(logits, target)) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3])
+def test_rare_classes_do_not_win_everything_where_they_weigh_more(smoothing):
+    """Separable points, 60 to 1: torch's own weights with smoothing name the rare class for all of them."""
+    labels = torch.tensor([0] * 300 + [1] * 5)
+    points = torch.zeros(305, 5, 1, 1)
+    points[:, 0, 0, 0] = labels * 2.0 - 1
+    net = Network(nn.Flatten(), nn.Linear(5, 2))
+    fixed = recipe(class_weights="balanced", label_smoothing=smoothing, opt="adam", weight_decay=0.0)
+    mine = Stepper(net, fixed, labels, Setting(device=torch.device("cpu")))
+    mine.start_epoch(train_norm=False)
+    for number in range(200):
+        mine.step(points, labels, 0.1, number)
+    assert torch.equal(net.eval()(points).argmax(1), labels)
+
+
+@pytest.mark.parametrize(("count", "passes"), [(13, 4), (16, 5), (3, 8), (9, 4)])
+def test_no_pass_is_left_with_one_image(count, passes):
+    sizes = []
+    net = network(norm=True)
+    net.head.register_forward_pre_hook(lambda _module, given: sizes.append(len(given[0])))
+    mine = stepper(net, grad_accum=passes, norm="frozen")
+    mine.start_epoch(train_norm=count // passes > 1)
+    mine.step(*batch(count), 0.1, 0)
+    assert sum(sizes) == count
+    assert max(sizes) - min(sizes) <= 1
+    assert len(sizes) == min(passes, count)
+
+
+def test_parts_of_a_batch_weigh_by_their_images(monkeypatch):
+    """Two processes with 11 and 5 of 16 images: the mean of their gradients is that of the batch."""
+    inputs, labels = batch()
+    whole = network()
+    functional.cross_entropy(whole(inputs), labels).backward()
+    gradients = []
+    nets = [network(), network()]
+    steppers = [stepper(net) for net in nets]
+    monkeypatch.setattr("tlcli.training.stepper.processes.world_size", lambda: 2)
+    for part, net, mine in zip((slice(0, 11), slice(11, 16)), nets, steppers, strict=True):
+        mine._prepared.step = lambda: None
+        mine._prepared.zero_grad = lambda: None
+        mine.start_epoch(train_norm=False)
+        mine.step(inputs[part], labels[part], 0.1, 0, whole=16)
+        gradients.append([value.grad for value in net.parameters()])
+    for one, other, expected in zip(*gradients, whole.parameters(), strict=True):
+        torch.testing.assert_close((one + other) / 2, expected.grad)
+
+
+# ---- fp16 -----------------------------------------------------------------------------------------------
+
+
+def scaled(net, **options):
+    """A stepper with the loss scaler of fp16, which works on a CPU as well."""
+    mine = stepper(net, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    mine._prepared = AcceleratedOptimizer(mine.optimizer, scaler=scaler)
+    mine.accelerator._optimizers[:] = [mine._prepared]
+    mine.accelerator.scaler = scaler
+    mine.accelerator.state._mixed_precision = "fp16"
+    return mine, scaler
+
+
+@pytest.mark.parametrize(("mode", "limit"), [("norm", 0.01), ("value", 0.001)])
+def test_clipping_under_a_loss_scale_bounds_the_true_gradient(mode, limit):
+    net = network()
+    before = torch.cat([value.detach().flatten() for value in net.parameters()])
+    mine, _ = scaled(net, clip_grad=limit, clip_mode=mode)
+    mine.start_epoch(train_norm=False)
+    for number in range(2):  # the second step must find the scaler as a new one
+        mine.step(*batch(), 1.0, number)
+    moved = torch.cat([value.detach().flatten() for value in net.parameters()]) - before
+    size = moved.norm() if mode == "norm" else moved.abs().max()
+    assert 0 < float(size) <= 2 * limit * 1.0001
+
+
+def test_a_skipped_step_moves_nothing_and_is_not_averaged():
+    net = network()
+    mine, scaler = scaled(net, ema=0.9, l1=0.1, max_norm=0.01)
+    mine.start_epoch(train_norm=False)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    bad = batch()[0]
+    bad[0] = float("inf")
+    mine.step(bad, LABELS, 0.1, 0)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert mine.average.steps == 0
+    assert scaler.get_scale() < 1024
+    mine.reset()
+    mine.step(*batch(), 0.1, 1)
+    assert mine.average.steps == 1
+    assert float(net.head.weight.detach().norm(dim=1).max()) <= 0.0101
+
+
+# ---- BatchNorm ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": 1, "norm": "train"}, {"batch_size": 4, "grad_accum": 4, "norm": "train"},
+     {"batch_size": 1, "scenario": "scratch"}, {"batch_size": 7, "grad_accum": 4, "scenario": "scratch"}],
+)  # fmt: skip
+def test_batch_norm_on_one_image_is_refused_before_training(options):
+    with pytest.raises(UsageError, match="one image"):
+        recipe(**options)
+
+
+def test_without_batch_norm_one_image_is_a_batch():
+    from tlcli.training.recipe import resolve
+
+    config = FinetuneConfig(scenario="full", batch_size=1, norm="train")
+    assert resolve(config, num_train=10, has_batch_norm=False).batch_size == 1
