@@ -225,13 +225,16 @@ def test_the_average_is_what_is_measured_and_kept():
     assert loss == pytest.approx(trained.history[-1]["val_log_loss"], rel=1e-5)
 
 
-def test_a_range_test_finds_a_rate_that_learns_and_leaves_no_trace():
-    options = recipe(lr="auto", epochs=8)
-    net, trained = run(options)
-    assert 1e-5 < trained.lr < 1
-    assert trained.history[-1]["val_accuracy"] > 0.7
-    again, _ = run(recipe(lr=repr(trained.lr), epochs=8))
+@pytest.mark.parametrize(
+    "options", [{}, {"ema": 0.9}, {"opt": "sgd"}, {"sampling": "balanced", "mixup": 0.2}, {"l1": 0.01}]
+)
+def test_a_searched_rate_learns_and_the_search_leaves_no_trace(options):
+    net, trained = run(recipe(lr="auto", epochs=8, **options))
+    assert 1e-5 < trained.lr < 10
+    assert trained.history[-1]["val_accuracy"] > 0.6
+    again, other = run(recipe(lr=repr(trained.lr), epochs=8, **options))
     assert same(state_of(net), state_of(again))
+    assert without_seconds(trained.history) == without_seconds(other.history)
 
 
 def test_a_diverging_training_says_so():

@@ -25,8 +25,9 @@ from tlcli.training.stepper import Stepper
 logger = logging.getLogger(__name__)
 
 STEPS = 24  # of each short training, or all that there are
-MULTIPLES = (1.0, 0.25, 4.0)  # of the rule's rate; then on from the best towards either side
-FURTHEST = 4.0**3
+MULTIPLES = (1.0, 1 / 4, 4.0, 1 / 16, 16.0)  # of the rule's rate; then on from an edge, and between two
+FURTHEST = 4.0**4
+TIE = 0.01  # of the loss: of rates that are as good the highest is taken, which does more in a long training
 HELD_OUT = 0.2  # of the training images, at most MOST_HELD_OUT
 MOST_HELD_OUT = 256
 
@@ -66,20 +67,22 @@ class RateSearch:
         base = recipe.usual_lr * rate_by_steps(len(batches), recipe.head_init)
         losses: dict[float, float] = {}
 
-        def loss(multiple: float) -> float:
-            if multiple not in losses:
-                losses[multiple] = self._loss_after(batches, held_out, whole, base * multiple)
-                logger.debug("a short training at %.2g ends at loss %.4f", base * multiple, losses[multiple])
-            return losses[multiple]
+        def try_out(*multiples: float) -> float:
+            """Return the best multiple of all that were tried, these among them."""
+            for multiple in multiples:
+                if multiple not in losses:
+                    losses[multiple] = self._loss_after(batches, held_out, whole, base * multiple)
+                    logger.debug(
+                        "a short training at %.2g ends at loss %.4f", base * multiple, losses[multiple]
+                    )
+            enough = min(losses.values()) * (1 + TIE)
+            return max(multiple for multiple, loss in losses.items() if loss <= enough)
 
-        best = min(MULTIPLES, key=loss)
+        best = try_out(*MULTIPLES)
         while best in {min(losses), max(losses)} and max(best, 1 / best) < FURTHEST:
-            further = best * 4 if best == max(losses) else best / 4
-            if loss(further) >= loss(best):
-                break
-            best = further
-        best = min((best / 2, best, best * 2), key=loss)
-        if not math.isfinite(loss(best)):
+            best = try_out(best * 4 if best == max(losses) else best / 4)
+        best = try_out(best / 2, best * 2)
+        if not math.isfinite(losses[best]):
             raise UsageError(
                 "--lr auto found no learning rate at which training does not diverge.",
                 hint="Give --lr, or add --clip-grad 1.",

@@ -1,0 +1,105 @@
+"""A searched learning rate is near the best of a grid, from a random head and from a probe that knows all."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.training.test_loop import CLASSES, WIDTH, Points, network, recipe, same, setting, state_of
+from tlcli.errors import UsageError
+from tlcli.training.loop import network_logits, train
+from tlcli.training.rate_search import RateSearch, held_out
+from tlcli.training.stepper import Stepper
+
+COUNT = 160
+
+
+def probed(seed=0):
+    """A network whose head has learnt the training points by heart, as a linear probe has."""
+    net = network(seed, dropout=0.0)
+    points = Points(count=COUNT)
+    for parameter in net.suffix.parameters():
+        parameter.requires_grad_(False)
+    optimizer = torch.optim.Adam(net.head.parameters(), lr=0.1)
+    net.eval()
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(points.points.view(-1, WIDTH, 1, 1)), points.labels)
+        loss.backward()
+        optimizer.step()
+    for parameter in net.suffix.parameters():
+        parameter.requires_grad_(True)
+    return net
+
+
+def final_loss(net, **options):
+    trained = train(net, recipe(**options), Points(count=COUNT).samples(), None, setting())
+    logits = network_logits(net, Points(1, count=300), workers=1)
+    return float(nn.functional.cross_entropy(logits, Points(1, count=300).labels)), trained.lr
+
+
+@pytest.mark.parametrize(
+    ("start", "head_init"), [(probed, "probe"), (lambda: network(0, dropout=0.0), "random")]
+)
+def test_the_searched_rate_is_near_the_best_of_nine(start, head_init):
+    fixed = {"epochs": 6, "norm": "frozen", "label_smoothing": 0.0, "head_init": head_init}
+    rates = [10.0 ** (-5 + number / 2) for number in range(9)]
+    losses = [final_loss(start(), lr=repr(rate), **fixed)[0] for rate in rates]
+    found, rate = final_loss(start(), lr="auto", **fixed)
+    assert found <= 1.1 * min(losses), (rate, losses)
+
+
+def test_a_search_puts_network_optimiser_scaler_and_average_back():
+    net = network()
+    stepper = Stepper(net, recipe(lr="auto", ema=0.9), Points().labels, setting())
+    scaler = stepper.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+    stepper._prepared.scaler = None
+    before, average = state_of(net), {name: value.clone() for name, value in stepper.average.values.items()}
+    points = Points()
+    out, rest = held_out(points.labels, torch.Generator().manual_seed(0))
+
+    def measure(samples):
+        return network_logits(net, points, workers=1, samples=samples)
+
+    search = RateSearch(stepper, points, points.labels, measure, 1)
+    batches = [rest[:8].tolist(), rest[8:16].tolist()]
+    assert search.find(batches, out.tolist(), 8, 100) > 0
+    assert same(state_of(net), before)
+    assert not stepper.optimizer.state_dict()["state"]
+    assert same(stepper.average.values, average)
+    assert stepper.average.steps == 0
+    assert not stepper.sums.any()
+    assert scaler.get_scale() == 64.0
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 44, 5_000])
+def test_what_is_held_out_is_not_trained_on(count):
+    out, rest = held_out(torch.zeros(count, dtype=torch.int64), torch.Generator().manual_seed(0))
+    assert 1 <= len(out) <= 256
+    if count > 1:
+        assert sorted([*out.tolist(), *rest.tolist()]) == list(range(count))
+    assert len(rest)
+
+
+def test_where_every_rate_diverges_that_is_said(monkeypatch):
+    monkeypatch.setattr(RateSearch, "_loss_after", lambda *_given: float("inf"))
+    with pytest.raises(UsageError, match="no learning rate") as caught:
+        train(network(), recipe(lr="auto"), Points().samples(), None, setting())
+    assert "--clip-grad" in caught.value.hint
+
+
+def test_the_search_goes_on_where_the_best_rate_is_at_an_edge(monkeypatch):
+    tried = []
+
+    def loss(search, batches, held_out, whole, peak):
+        tried.append(peak)
+        return 1 + abs(torch.tensor(peak / base).log2().item() - wanted)
+
+    monkeypatch.setattr(RateSearch, "_loss_after", loss)
+    base = recipe(lr="auto").usual_lr * 15 / 200  # 3 epochs of 5 steps
+    for wanted in (-7, -3, 0, 1, 6):
+        trained = train(network(), recipe(lr="auto"), Points().samples(), None, setting())
+        assert trained.lr == pytest.approx(base * 2**wanted)
+        assert len(set(tried)) == len(tried)
+        tried.clear()
+    assert CLASSES == 3
