@@ -21,7 +21,7 @@ PARAMETERS = 7
 
 # Imports point from a later layer to an earlier one, or stay inside a package. A package counts as one name.
 LAYERS = (
-    {"__init__", "errors", "progress"},
+    {"__init__", "errors", "progress", "warned"},
     {"wording"},
     {"machine"},
     {"config", "cache"},
@@ -38,7 +38,7 @@ LAYERS = (
 TORCH = {"torch", "torchvision", "timm"}
 # No torch at import: what a command line needs before it knows that it has work to do.
 LIGHT = {
-    *("__init__", "__main__", "errors", "progress", "wording", "config", "cli", "advice"),
+    *("__init__", "__main__", "errors", "progress", "warned", "wording", "config", "cli", "advice"),
     *("machine.files", "machine.interrupts", "machine.paths", "machine.processes", "runs.directory"),
 }
 CONSOLE = {"typer", "rich"}

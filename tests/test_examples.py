@@ -56,7 +56,7 @@ def test_ci_passes_and_fails_by_the_gate(tmp_path: Path, make_images: Images, ci
     )
     documents = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "ci-output").glob("*.json")}
     assert {name: document["schema"] for name, document in documents.items()} == {
-        "check": "tlcli.data.check/1",
+        "check": "tlcli.data.check/2",
         "finetune": "tlcli.finetune/1",
         "evaluation": "tlcli.evaluate/1",
     }

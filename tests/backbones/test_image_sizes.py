@@ -8,6 +8,7 @@ import torch
 from tlcli.backbones.image_sizes import ImageSizeError, size_advice
 from tlcli.backbones.zoo import load_backbone
 from tlcli.config.backbone import BackboneOptions
+from tlcli.warned import collected
 
 
 def load(name, size=None, **options):
@@ -45,13 +46,17 @@ def test_advice_on_sizes_works(name, size):
     ],
 )
 def test_what_patches_do_not_cover_is_said_with_sizes_that_they_do(name, size, seen, advised):
-    backbone = load(name, size)
-    (note,) = backbone.notes
+    with collected() as warnings:
+        backbone = load(name, size)
+    ((code, note),) = (warning.values() for warning in warnings)
+    assert code == "unseen_pixels"
     height, width = seen
     assert f"looks at {height}x{width} pixels" in note
     for other in advised:
         assert other in note
-        assert not load(name, other).notes
+        with collected() as warnings:
+            load(name, other)
+        assert not warnings
     images = torch.rand(1, 3, *backbone.preprocess.image_size)
     blank = images.clone()
     blank[..., height:, :] = 0
@@ -64,7 +69,9 @@ def test_what_patches_do_not_cover_is_said_with_sizes_that_they_do(name, size, s
     ("name", "size"), [("resnet18", "97x130"), ("mobilenetv2_035", 75), ("swin_s3_tiny_224", 100)]
 )
 def test_networks_that_look_at_everything_have_no_note(name, size):
-    assert not load(name, size).notes
+    with collected() as warnings:
+        load(name, size)
+    assert not warnings
 
 
 def test_where_nothing_works_nothing_is_advised():

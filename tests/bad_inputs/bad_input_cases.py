@@ -54,3 +54,9 @@ def tree(*roots: str | Path) -> dict[bytes, tuple[int, bytes]]:
                         content = stream.read(2**16)
                 found[path] = (mode, content)
     return found
+
+
+def layout_warnings(document: dict[str, Any]) -> list[str]:
+    """Return what a document of `data check` or `data split` warns of about the layout of the data."""
+    codes = {"ignored_files", "empty_class_folder", "similar_class_names"}
+    return [warning["message"] for warning in document["warnings"] if warning["code"] in codes]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.bad_inputs.bad_input_cases import refused_alike
+from tests.bad_inputs.bad_input_cases import layout_warnings, refused_alike
 from tests.tiny import TINY_HEADS as TINY
 
 Images = Callable[..., Path]
@@ -149,7 +149,7 @@ def test_063_repeated_rows(root: Path, run_cli: Run) -> None:
     document = checked(run_cli, path)
     assert document["num_images"] == 16
     assert document["ignored"] == {"repeated rows": 3}
-    assert document["warnings"] == [f"Ignored 3 repeated rows of {str(path)!r}."]
+    assert layout_warnings(document) == [f"Ignored 3 repeated rows of {str(path)!r}."]
 
 
 def test_064_one_image_with_two_labels(root: Path, run_cli: Run) -> None:
@@ -174,7 +174,7 @@ def test_065_labels_that_look_like_numbers(root: Path, run_cli: Run) -> None:
     document = checked(run_cli, path)
     assert document["class_names"] == ["01", "1"]
     assert [item["train"] + item["val"] for item in document["classes"]] == [8, 8]
-    assert document["warnings"] == [
+    assert layout_warnings(document) == [
         "Classes '01', '1' differ only in case, spaces, leading zeros or Unicode form; they stay different "
         "classes."
     ]
@@ -186,7 +186,7 @@ def test_066_spaces_words_for_nothing_and_empty_labels(root: Path, run_cli: Run)
     path = listed(root / "list.csv", *lines)
     document = checked(run_cli, path)
     assert document["class_names"] == sorted(kinds)
-    assert sorted(document["warnings"]) == [
+    assert sorted(layout_warnings(document)) == [
         f"Classes {names} differ only in case, spaces, leading zeros or Unicode form; they stay different "
         "classes."
         for names in ("' x', 'x'", "'NA', 'NA '")

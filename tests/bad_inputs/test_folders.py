@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.bad_inputs.bad_input_cases import refused_alike, tree
+from tests.bad_inputs.bad_input_cases import layout_warnings, refused_alike, tree
 from tests.tiny import TINY_HEADS as TINY
 
 Images = Callable[..., Path]
@@ -95,7 +95,7 @@ def test_041_empty_class_folder(tmp_path: Path, make_images: Images, run_cli: Ru
     (root / "bees").mkdir()
     document, _ = checked(run_cli, root)
     assert document["class_names"] == ["ants", "cats"]  # no index is lost to the empty folder
-    assert "Folder 'bees' holds no images: no class is made of it." in document["warnings"]
+    assert "Folder 'bees' holds no images: no class is made of it." in layout_warnings(document)
     assert "'bees' holds no images" in run_cli("data", "split", root).stderr
 
 
@@ -201,7 +201,7 @@ def test_048_symlink_that_leaves_the_root(tmp_path: Path, make_images: Images, r
     document, _ = checked(run_cli, root)
     assert document["num_images"] == 16
     assert document["ignored"] == {"links that leave the data folder": 2}
-    assert "--allow-outside-root" in document["warnings"][0]
+    assert "--allow-outside-root" in layout_warnings(document)[0]
     allowed = json.loads(run_cli("data", "split", root, "--allow-outside-root", "--json").stdout)
     assert len(allowed["files"]) == 21
     shutil.rmtree(root / "ants")
@@ -226,7 +226,7 @@ def test_049_unicode_forms(tmp_path: Path, make_images: Images, run_cli: Run) ->
     make_images(root / "train", {decomposed: 8}, seed=2)
     document, _ = checked(run_cli, root)
     assert len(document["class_names"]) == 3
-    assert any("differ only in case" in warning for warning in document["warnings"])
+    assert any("differ only in case" in warning for warning in layout_warnings(document))
 
 
 HOSTILE_CLASSES = (b"[bold red]a\x1b[31m\n\t<script>&", b"caf\xe9", b"=1+1")
@@ -305,7 +305,7 @@ def test_051_names_that_differ_in_case_alone(tmp_path: Path, make_images: Images
     document, _ = checked(run_cli, root)
     assert document["class_names"] == ["Cat", "cat"]
     assert document["num_images"] == 18
-    (warning,) = document["warnings"]
+    (warning,) = layout_warnings(document)
     assert warning.startswith("Classes 'Cat', 'cat' differ only in case")
 
 

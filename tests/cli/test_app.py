@@ -188,7 +188,8 @@ def test_every_command_prints_exactly_one_document(run_cli, trained, tmp_path):
         document = json.loads(result.stdout)
         name = ".".join(str(word) for word in line[: 2 if line[0] in app.GROUPS else 1])
         name += ".plan" if "--dry-run" in line and line[0] not in app.GROUPS else ""
-        assert document["schema"] == f"tlcli.{name}/1"
+        assert document["schema"] == f"tlcli.{name}/{2 if name in ('data.check', 'data.split') else 1}"
+        assert all(set(warning) == {"code", "message"} for warning in document["warnings"])
         assert result.stdout.endswith("}\n")
 
 

@@ -20,7 +20,7 @@ def test_check_of_good_data(tmp_path: Path, make_images: Images, run_cli: Run) -
     assert "40 images" in done.stdout
     assert "tlcli finetune" in done.stderr
     document = json.loads(run_cli("data", "check", root, "--json").stdout)
-    assert document["schema"] == "tlcli.data.check/1"
+    assert document["schema"] == "tlcli.data.check/2"
     assert document["num_images"] == 40
     assert document["class_names"] == ["[red]bees", "ants"]
     assert document["bad_images"] == []
@@ -71,7 +71,7 @@ def test_split_shows_counts_and_files(tmp_path: Path, make_images: Images, run_c
     assert done.code == 0
     assert done.stdout.split()[:3] == ["class", "train", "val"]
     document = json.loads(run_cli("data", "split", root, "--json").stdout)
-    assert document["schema"] == "tlcli.data.split/1"
+    assert document["schema"] == "tlcli.data.split/2"
     assert sum(item["val"] for item in document["classes"]) == [
         item["split"] for item in document["files"]
     ].count("val")

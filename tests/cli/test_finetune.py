@@ -151,3 +151,25 @@ def test_class_names_of_any_kind(run_cli, folder, tmp_path):
     shown = run_cli("predict", tmp_path / "run", folder, "--format", "csv", "--top", "2")
     assert "b 猫 'x'" in shown.stdout
     shutil.rmtree(tmp_path / "run")
+
+
+def test_warnings_are_in_the_plan_the_result_the_run_its_card_and_its_report(run_cli, folder, tmp_path):
+    first, second = sorted((folder / "a").glob("*.png"))[:2]
+    shutil.copy(first, folder / "b" / "copy.png")
+    second.write_bytes(b"no image")
+    run = tmp_path / "run"
+    words = ("finetune", folder, *TINY, "--max-bad", "0.5", "-o", run, "-q")
+    plan = json.loads(run_cli(*words, "--dry-run", "--json").stdout)
+    assert [warning["code"] for warning in plan["warnings"]] == ["conflicting_labels"]
+    result = run_cli(*words, "--json")
+    warnings = json.loads(result.stdout)["warnings"]
+    assert [warning["code"] for warning in warnings] == ["conflicting_labels", "images_skipped"]
+    messages = [warning["message"] for warning in warnings]
+    assert [result.stderr.count(f"warning: {message}\n") for message in messages] == [1, 1]
+    assert json.loads((run / "run.json").read_text())["warnings"] == warnings
+    assert run_cli("report", run).code == 0
+    card, page = ((run / name).read_text() for name in ("README.md", "report.html"))
+    for message in messages:
+        assert f"- {message}\n" in card
+    assert "<h2>Warnings</h2>" in page
+    assert "conflicting labels: the same image in more than one class" in page

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tlcli.cli import output
 from tlcli.cli.output import Output, cell, table
+from tlcli.warned import warn
 from tlcli.wording import printable
 
 
@@ -31,10 +32,13 @@ def test_a_document_has_its_schema_and_is_alone(capsys):
     out.plan("title", {"a": 1})
     out.note("note")
     out.hint("tlcli next")
-    out.warn("careful")
+    warn("leakage", "careful")
+    warn("leakage", "careful")
     out.result("cache.list", {"entries": ["\udcff\n"]}, "text for people")
     captured = capsys.readouterr()
-    assert json.loads(captured.out) == {"schema": "tlcli.cache.list/1", "entries": ["\udcff\n"]}
+    warnings = [{"code": "leakage", "message": "careful"}]
+    document = {"schema": "tlcli.cache.list/1", "entries": ["\udcff\n"], "warnings": warnings}
+    assert json.loads(captured.out) == document
     for text in ("title", "note", "tlcli next", "careful"):
         assert text in captured.err
     assert "text for people" not in captured.out + captured.err
@@ -50,7 +54,7 @@ def test_quiet_keeps_warnings_only(capsys):
     out.plan("title", {"a": 1})
     out.note("note")
     out.hint("next")
-    out.warn("careful")
+    warn("leakage", "careful")
     logging.getLogger("tlcli.x").info("information")
     logging.getLogger("tlcli.x").warning("log warning")
     captured = capsys.readouterr()
@@ -75,7 +79,7 @@ def test_user_text_is_not_markup(capsys):
     out = Output()
     out.plan(MARKUP, {MARKUP: MARKUP})
     out.note(MARKUP)
-    out.warn(MARKUP)
+    warn("leakage", MARKUP)
     out.hint(MARKUP)
     logging.getLogger("tlcli.x").warning("%s", MARKUP)
     output.print_error(MARKUP, MARKUP)

@@ -194,9 +194,9 @@ def test_a_licence_that_is_unknown_or_not_commercial_is_noted(tmp_path, folder, 
     (tmp_path / "base").mkdir()
     (tmp_path / "base/config.json").write_text(json.dumps(config))
     save_file(model.state_dict(), tmp_path / "base/model.safetensors")
-    notes = plan(folder, backbone=f"local-dir:{tmp_path}/base", random_init=False).notes
-    assert [note for note in notes if "licence" in note or "commercial" in note] == list(notes)
-    assert [expected in note for note in notes] == ([True] if expected else [])
+    warnings = plan(folder, backbone=f"local-dir:{tmp_path}/base", random_init=False).warnings
+    assert all(warning["code"].startswith("licence_") for warning in warnings)
+    assert [expected in warning["message"] for warning in warnings] == ([True] if expected else [])
 
 
 def test_the_licence_of_a_weights_file_is_not_that_of_the_architecture(tmp_path, folder):
@@ -205,9 +205,9 @@ def test_the_licence_of_a_weights_file_is_not_that_of_the_architecture(tmp_path,
     result = run(folder, **own)
     assert facts_of(result)["backbone"]["license"] is None
     assert "license" not in json.loads((result.run_path / "config.json").read_text())["pretrained_cfg"]
-    assert any("is not known" in note for note in plan(folder, **own).notes)
-    assert not plan(folder, backbone="resnet18").notes
-    assert not plan(folder, backbone="bundled", random_init=False).notes
+    assert [warning["code"] for warning in plan(folder, **own).warnings] == ["licence_unknown"]
+    assert not plan(folder, backbone="resnet18").warnings
+    assert not plan(folder, backbone="bundled", random_init=False).warnings
 
 
 # ---- other heads and backbones ---------------------------------------------------------------------------

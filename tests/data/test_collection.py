@@ -93,7 +93,9 @@ def test_classes_of_a_run_are_kept_in_its_order(folder):
 def test_warnings_of_the_scan_reach_the_user(folder, caplog):
     (folder / "empty").mkdir()
     found = gather(folder)
-    assert [record.getMessage() for record in caplog.records] == list(found.dataset.warnings)
+    assert [record.getMessage() for record in caplog.records] == [
+        warning.message for warning in found.dataset.warnings
+    ]
     assert "empty" in caplog.text
 
 

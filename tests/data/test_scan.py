@@ -98,7 +98,7 @@ def test_images_outside_class_folders_are_told(tmp_path: Path) -> None:
     touch(tmp_path / "tree", "train/a/1.jpg", "train/b/1.jpg", "train/stray.jpg", "extra/x/1.jpg")
     flat, tree = scanned(tmp_path / "flat"), scanned(tmp_path / "tree")
     assert flat.ignored == {"images outside class folders": 1}
-    assert "images outside class folders: 1" in flat.warnings[0]
+    assert "images outside class folders: 1" in flat.warnings[0].message
     assert tree.ignored == {"images outside class folders": 1, "images outside train/, val/ and test/": 1}
     assert len(tree.samples) == 2
 
@@ -117,7 +117,7 @@ def test_litter_is_ignored_and_counted_by_reason(tmp_path: Path) -> None:
         "system litter": 3,
     }
     assert len(dataset.warnings) == 1
-    assert ".heic" in dataset.warnings[0]
+    assert ".heic" in dataset.warnings[0].message
 
 
 def test_an_empty_class_folder_is_no_class_and_moves_no_index(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_an_empty_class_folder_is_no_class_and_moves_no_index(tmp_path: Path) ->
     (tmp_path / "b").mkdir()
     dataset = scanned(tmp_path)
     assert dataset.class_names == ("a", "c")
-    assert any("'b' holds no images" in warning for warning in dataset.warnings)
+    assert any("'b' holds no images" in warning.message for warning in dataset.warnings)
 
 
 def test_empty_one_class_and_wrapped_folders_are_refused_with_a_hint(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_links_out_of_the_root_are_followed_only_when_allowed(tmp_path: Path) ->
     dataset = scanned(root)
     assert set(labels(dataset)) == {"a/1.jpg", "a/inside.jpg", "b/1.jpg"}
     assert dataset.ignored == {"links that leave the data folder": 2}
-    assert "--allow-outside-root" in dataset.warnings[0]
+    assert "--allow-outside-root" in dataset.warnings[0].message
     allowed = scanned(root, allow_outside_root=True)
     assert set(labels(allowed)) == {"a/1.jpg", "a/inside.jpg", "a/y.jpg", "b/1.jpg", "x/1.jpg"}
 
@@ -381,7 +381,7 @@ def test_repeated_rows_are_dropped_and_contradicting_ones_refused(tmp_path: Path
     dataset = scanned(path)
     assert len(dataset.samples) == 2
     assert dataset.ignored == {"repeated rows": 2}
-    assert "2 repeated rows" in dataset.warnings[0]
+    assert "2 repeated rows" in dataset.warnings[0].message
     for row, expected in (("a.jpg,y,", "label 'y', on line 2 'x'"), ("a.jpg,x,g", "group 'g'")):
         assert (
             expected in refused(listed(tmp_path, "filename,label,group", "a.jpg,x,", row, "b.jpg,y,")).message

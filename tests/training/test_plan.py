@@ -111,7 +111,7 @@ def test_scratch_says_what_it_costs_and_asks_no_hub(folder):
         ),
         Silent(),
     )
-    assert any("scratch" in note.lower() for note in plan.notes)
+    assert [warning["code"] for warning in plan.warnings] == ["no_pretraining"]
 
 
 @pytest.mark.parametrize(

@@ -164,13 +164,19 @@ def test_a_stored_configuration_repeats_the_run(release, run_cli, name):
     assert missing(old | {"run_path": found["run_path"]}, found) == []
 
 
+# Fields whose meaning changed since: the schema's number says so.
+CHANGED = {
+    name: {"schema": f"tlcli.{name.replace('-', '.')}/2", "warnings": []}
+    for name in ("data-check", "data-split")
+}
 OTHERS = sorted(name for name in COMMANDS if not name.startswith(("extract", "evaluate")))
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_documents_of_every_command_keep_their_fields(release, run_cli, name):
     # The demo's figures are those of the bundled backbone, which a release may train anew.
-    assert missing(document(release, name), pinned(run_cli, name), values=name != "demo") == []
+    old = document(release, name) | CHANGED.get(name, {})
+    assert missing(old, pinned(run_cli, name), values=name != "demo") == []
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import nn
 
 from tlcli.config.backbone import Origin, Preprocess
 from tlcli.errors import UsageError
+from tlcli.warned import Warned
 
 INIT_SEED = 0
 """Seed of --random-init, so that the baseline is the same each time."""
@@ -33,7 +34,6 @@ class Backbone:
         origin: Where the weights came from.
         pretrained: False with --random-init.
         pretrained_cfg: timm's configuration of the weights without their location; {} for other networks.
-        notes: What people should know of it.
     """
 
     name: str
@@ -46,18 +46,19 @@ class Backbone:
     origin: Origin = "timm"
     pretrained: bool = True
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
     @property
-    def license_note(self) -> str | None:
+    def license_warning(self) -> Warned | None:
         """Return what to know about the licence of pretrained weights, if anything."""
         if not self.pretrained:
             return None
         license = (self.license or "").lower()
         if license in UNKNOWN_LICENSES:
-            return f"The licence of the weights of {self.name} is not known; ask their publisher."
+            text = f"The licence of the weights of {self.name} is not known; ask their publisher."
+            return Warned("licence_unknown", text)
         if NON_COMMERCIAL.search(license):
-            return f"The weights of {self.name} are under {self.license}, which excludes commercial use."
+            text = f"The weights of {self.name} are under {self.license}, which excludes commercial use."
+            return Warned("licence_non_commercial", text)
         return None
 
     @property

@@ -30,6 +30,7 @@ from tlcli.backbones.weights import Conversion
 from tlcli.backbones.weights_file import StateDict
 from tlcli.errors import TlcliError
 from tlcli.machine.memory import is_out_of_memory
+from tlcli.warned import warn
 from tlcli.wording import counted
 
 logger = logging.getLogger(__name__)
@@ -156,10 +157,10 @@ def _from_torchvision(model: nn.Module, state: StateDict) -> StateDict | None:
         original = torchvision_zoo.headless(name.removeprefix(torchvision_zoo.PREFIX), {}).eval()
         found = candidates(state, Target.of(original))[0]
         for layer, channels in found.channels.items():
-            logger.warning(
-                "The first layer (%s) is for images of %s; it was adapted to three, as timm does.",
-                layer,
-                counted(channels, "channel"),
+            warn(
+                "adapted_channels",
+                f"The first layer ({layer}) is for images of {counted(channels, 'channel')}; it was adapted "
+                "to three, as timm does.",
             )
         values = original.state_dict()  # carries the format versions that some networks ask for
         values.update(found.tensors)

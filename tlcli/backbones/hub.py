@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from tlcli.backbones.weights_file import file_sha256
 from tlcli.errors import BackboneError
 from tlcli.machine import paths
+from tlcli.warned import warn
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ def cached_url(url: str) -> Path | None:
         return None
     beginning = re.search(r"-([0-9a-f]{8,})\.", path.name)
     if beginning and not file_sha256(path).startswith(beginning[1]):
-        logger.warning("%s is not used: its content does not match the hash in its name.", path)
+        warn("damaged_download", f"{path} is not used: its content does not match the hash in its name.")
         return None
     return path
 
@@ -202,7 +203,7 @@ def _is_complete(path: Path) -> bool:
     """Return whether a file of the hub cache is whole: large ones are named by their SHA-256."""
     blob = path.resolve().name
     if re.fullmatch(r"[0-9a-f]{64}", blob) and file_sha256(path) != blob:
-        logger.warning("%s is not used: its content does not match its hash.", path)
+        warn("damaged_download", f"{path} is not used: its content does not match its hash.")
         return False
     return path.stat().st_size > 0
 

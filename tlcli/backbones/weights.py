@@ -19,6 +19,7 @@ from tlcli.backbones.misfit import check_match
 from tlcli.backbones.weights_file import StateDict, read_checkpoint, some
 from tlcli.errors import BackboneError
 from tlcli.machine.memory import is_out_of_memory
+from tlcli.warned import warn
 from tlcli.wording import counted
 
 logger = logging.getLogger(__name__)
@@ -203,14 +204,10 @@ def _chosen(matches: list[Match], path: str | os.PathLike[str], name: str) -> Ma
         if _is_usual(second) and not _is_usual(first):
             first, second = second, first
         kinds = ("averaged", "raw") if first is averaged[0] else ("raw", "averaged")
-        logger.warning(
-            "%s holds averaged (EMA) and raw weights; the %s ones are used (%s). "
-            "--weights-key %s takes the %s ones.",
-            path,
-            kinds[0],
-            _key(first),
-            shlex.quote(_key(second)),
-            kinds[1],
+        warn(
+            "averaged_weights",
+            f"{path} holds averaged (EMA) and raw weights; the {kinds[0]} ones are used ({_key(first)}). "
+            f"--weights-key {shlex.quote(_key(second))} takes the {kinds[1]} ones.",
         )
         return first
     keys = [_key(one) for one in rivals]
@@ -225,10 +222,10 @@ def _tell_of_part_average(found: Match, matches: list[Match], path: str | os.Pat
     left = [name for name in found.unused if _has_averaged(name.rpartition(".")[0])]
     whole = any(_is_averaged(one) and one.order[:2] == found.order[:2] for one in matches)
     if left and not whole:
-        logger.warning(
-            "%s also holds averaged (EMA) weights (%s) that do not fill the network; the raw ones are used.",
-            path,
-            some(left),
+        warn(
+            "averaged_weights",
+            f"{path} also holds averaged (EMA) weights ({some(left)}) that do not fill the network; "
+            "the raw ones are used.",
         )
 
 
@@ -266,34 +263,30 @@ def _tell(
     if found.how:
         logger.info("Matched the tensors of %s to %s by %s.", path, name, found.how)
     for layer, channels in found.channels.items():
-        logger.warning(
-            "%s is for images of %s; its first layer (%s) was adapted to three, as timm does.",
-            path,
-            counted(channels, "channel"),
-            layer,
+        warn(
+            "adapted_channels",
+            f"{path} is for images of {counted(channels, 'channel')}; its first layer ({layer}) was adapted "
+            "to three, as timm does.",
         )
     if resampled := _resampled(found, matches):
         changed, (have, want) = next(iter(resampled.items()))
         more = f", and {len(resampled) - 1} more" if len(resampled) > 1 else ""
-        logger.warning(
-            "%s is for another image size: %s was resampled from %s to %s%s.",
-            path, changed, list(have), list(want), more,
-        )  # fmt: skip
+        warn(
+            "resampled_weights",
+            f"{path} is for another image size: {changed} was resampled from {list(have)} to {list(want)}"
+            f"{more}.",
+        )
     if found.missing:
-        logger.warning(
-            "%s lacks %s of %s (%s); they keep their initial values.",
-            path,
-            counted(len(found.missing), "tensor"),
-            name,
-            some(found.missing),
+        warn(
+            "missing_tensors",
+            f"{path} lacks {counted(len(found.missing), 'tensor')} of {name} ({some(found.missing)}); "
+            "they keep their initial values.",
         )
     if found.surplus:
-        logger.warning(
-            "%s holds %s inside %s that it does not have (%s); they are left out.",
-            path,
-            counted(len(found.surplus), "tensor"),
-            name,
-            some(found.surplus),
+        warn(
+            "surplus_tensors",
+            f"{path} holds {counted(len(found.surplus), 'tensor')} inside {name} that it does not have "
+            f"({some(found.surplus)}); they are left out.",
         )
     if found.unused:
         logger.debug("%s: not used: %s", path, ", ".join(found.unused))

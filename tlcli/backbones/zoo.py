@@ -5,7 +5,6 @@ Weights found on this machine are used without asking a hub, so a run does not c
 """
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,9 +18,8 @@ from tlcli.backbones.timm_zoo import build, build_error
 from tlcli.config.backbone import BackboneOptions
 from tlcli.errors import BackboneError, UsageError
 from tlcli.machine.memory import is_out_of_memory
+from tlcli.warned import warn
 from tlcli.wording import first_line
-
-logger = logging.getLogger(__name__)
 
 
 def load_backbone(options: BackboneOptions, drop_path: float = 0.0) -> Backbone:
@@ -48,7 +46,7 @@ def load_backbone(options: BackboneOptions, drop_path: float = 0.0) -> Backbone:
         error.hint = size_advice(options.height_width, lambda size: _takes(options, size))
         raise
     if options.height_width and (note := uncovered(backbone, lambda size: _takes(options, size))):
-        backbone.notes += (note,)
+        warn("unseen_pixels", note)
     return backbone
 
 

@@ -3,7 +3,6 @@
 quarantine/ holds each damaged shard under its own name, and beside it NAME.txt with the reason.
 """
 
-import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,7 @@ from tlcli.cache.entry_files import make_own_folder
 from tlcli.cache.index import Index
 from tlcli.cache.shard import DamagedShard, RowFormat, Shard, open_shard, write_shard
 from tlcli.machine import files
-
-log = logging.getLogger(__name__)
+from tlcli.warned import warn
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Healer:
         except DamagedShard as error:
             self.quarantine(name, str(error))
         except OSError as error:
-            log.warning("Damaged shard %s is left in place: %s.", shard.path, error)
+            warn("damaged_shard", f"Damaged shard {shard.path} is left in place: {error}.")
             self.damage.append(Damage(name, reason, shard.num_damaged))
         else:
             self.quarantine(name, reason, shard.num_damaged)
@@ -91,10 +89,10 @@ class Healer:
         except FileNotFoundError:  # another process was quicker
             return True
         except OSError as error:
-            log.warning("Damaged shard %s is ignored (%s) but left in place: %s.", name, reason, error)
+            warn("damaged_shard", f"Damaged shard {name} is ignored ({reason}) but left in place: {error}.")
             return False
         self._index.forget(name)
         with suppress(OSError):
             files.touch(self._quarantine_dir / name)  # prune keeps it for 30 days from now
-        log.warning("Damaged shard moved to %s: %s.", self._quarantine_dir / name, reason)
+        warn("damaged_shard", f"Damaged shard moved to {self._quarantine_dir / name}: {reason}.")
         return True

@@ -1,6 +1,5 @@
 """Collecting new rows of an entry until it is time to publish them."""
 
-import logging
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -11,8 +10,7 @@ from numpy.typing import NDArray
 from tlcli.cache.key import RowKey
 from tlcli.cache.shard import KEY_BYTES, Bytes2D, RowFormat, pack_key
 from tlcli.errors import BackboneError
-
-log = logging.getLogger(__name__)
+from tlcli.warned import warn
 
 FLUSH_BYTES = 32 << 20
 FLUSH_SECONDS = 30.0
@@ -127,4 +125,4 @@ class Writer:
         try:
             self.flush()
         except Exception as error:
-            log.warning("%d finished rows could not be kept: %s", len(self._waiting), error)
+            warn("rows_not_kept", f"{len(self._waiting)} finished rows could not be kept: {error}")

@@ -101,8 +101,6 @@ def show(out: Output, config: BackbonesShowConfig) -> None:
     document = _document(backbone, costs)
     columns = ["unit", "name", "output", "parameters", "FLOPs", "cached row", "bytes/image", "saved"]
     out.result("backbones.show", document, _facts(document), table(columns, _rows(costs)))
-    for note in backbone.notes:
-        out.note(note)
     if any(row.saved_share is not None and row.saved_share < WORTH_A_WORD for row in costs):
         out.note(
             "saved: the share of the work of this unit and all before it that --freeze caches. Below 100%, "

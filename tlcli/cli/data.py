@@ -1,7 +1,6 @@
 """`tlcli data check`, `tlcli data split` and `tlcli data preview`."""
 
 import dataclasses
-import logging
 import shlex
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from tlcli.config.commands import DataCheckConfig, DataPreviewConfig, DataSplitC
 from tlcli.config.data import AugmentOptions
 from tlcli.config.fields import long_name
 from tlcli.errors import DataError
+from tlcli.warned import warn
 from tlcli.wording import printable
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def split(out: Output, config: DataSplitConfig) -> None:
         check_listing_path(config.output, overwrite=config.overwrite)
     dataset = scan(config)
     for warning in dataset.warnings:
-        logging.getLogger(__name__).warning(warning)
+        warn(warning.code, warning.message)
     samples = dataset.samples
     fingerprints = fingerprint(samples, config.num_workers, out.progress)
     splits = assign_splits(
@@ -106,9 +106,10 @@ def split(out: Output, config: DataSplitConfig) -> None:
         "files": _files(dataset, splits, fingerprints, kept),
         "output": config.output,
     }
-    out.result("data.split", document, _count_table(counts))
     if bad:
-        out.note(f"{len(bad)} of these files cannot be read; `tlcli data check` names them.")
+        text = f"{len(bad)} of these files cannot be read; `tlcli data check` names them."
+        warn("images_skipped", text)
+    out.result("data.split", document, _count_table(counts))
     if config.output:
         out.note(f"Wrote {len(kept)} rows to {config.output!r}.")
         outside = any(row.filename.startswith("..") for row in rows)
@@ -153,6 +154,8 @@ def preview(out: Output, config: DataPreviewConfig) -> None:
         "images": [{"name": row.name, "label": row.label, "sha256": row.sha256} for row in made.rows],
         "bad_images": [{"name": image.name, "reason": image.reason} for image in made.bad_images],
     }
+    for image in made.bad_images:
+        warn("images_skipped", f"{image.name!r} is left out: {image.reason}")
     out.result(
         "data.preview",
         document,
@@ -160,8 +163,6 @@ def preview(out: Output, config: DataPreviewConfig) -> None:
         f"{len(made.rows)} training images, each plain and in {num_views(config)} augmented views: "
         + printable(config.output),
     )
-    for image in made.bad_images:
-        out.warn(f"{image.name!r} is left out: {image.reason}")
     given = [
         f"--{long_name(field.name)} {getattr(config, field.name)}"
         for field in dataclasses.fields(AugmentOptions)
@@ -202,7 +203,6 @@ def _about(dataset: "Dataset") -> dict[str, Any]:
         "kind": dataset.kind,
         "class_names": list(dataset.class_names),
         "ignored": dict(dataset.ignored),
-        "warnings": list(dataset.warnings),
     }
 
 
@@ -239,10 +239,9 @@ def _refuse(data: str | None, found: "Audit") -> None:
     Raises:
         DataError: Always.
     """
-    logger = logging.getLogger(__name__)
     for finding in found.findings:
         if finding.severity == "warning":
-            logger.warning(_finding_text(finding).removeprefix("warning: "))
+            warn(finding.warned.code, _finding_text(finding).removeprefix("warning: "))
     parts = [_finding_text(finding).removeprefix("error: ") for finding in found.errors]
     raise DataError(
         f"{data!r} would poison training:\n  " + "\n  ".join("\n".join(parts).splitlines()),

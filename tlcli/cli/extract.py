@@ -24,8 +24,6 @@ def extract(out: Output, config: ExtractConfig) -> None:
     from tlcli.commands import extract as library
 
     plan = library.plan_extract(config, out.progress)
-    for note in plan.store.extractor.backbone.notes:
-        out.note(note)
     out.plan("Extract features", plan.summary())
     if out.dry_run:
         out.result("extract.plan", plan.document())

@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tlcli import warned
 from tlcli.machine import processes
 from tlcli.progress import Progress, Silent
 from tlcli.wording import printable
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSIONS = {"data.check": 2, "data.split": 2}  # of the others: 1
 
 
 class Output:
@@ -61,8 +62,9 @@ class Output:
             if verbose
             else logging.INFO
         )
+        self._warnings: list[dict[str, str]] = []
         logger = logging.getLogger("tlcli")
-        logger.handlers = [_Handler(self._err)]
+        logger.handlers = [_Handler(self._err, self._warnings)]
         logger.setLevel(level)
         logger.propagate = False
 
@@ -71,14 +73,17 @@ class Output:
 
         Args:
             name: What the document is, such as "cache.list"; the schema becomes "tlcli.cache.list/1".
-            document: JSON-able values; NaN is refused.
+            document: JSON-able values; NaN is refused. Its `warnings` are those that it has and all that
+                were given before.
             *renderables: Tables, or text printed as it is.
         """
         self.printed = True
         if not self.main:
             return
         if self.json:
-            self.write(json.dumps({"schema": schema(name), **document}, indent=2, allow_nan=False))
+            warnings = warned.add(list(document.get("warnings", [])), self._warnings)
+            document = {"schema": schema(name), **document, "warnings": warnings}
+            self.write(json.dumps(document, indent=2, allow_nan=False))
             return
         for item in renderables:
             self._out.print(_lines(item) if isinstance(item, str) else item)
@@ -104,12 +109,6 @@ class Output:
         if not self.quiet:
             self._err.print(_lines(text))
 
-    def warn(self, text: str) -> None:
-        """Print a warning on stderr, also with --quiet."""
-        if not self.main:
-            return
-        self._err.print(f"[yellow]warning:[/yellow] {_lines(text)}")
-
     def hint(self, text: str) -> None:
         """Print what to do next on stderr."""
         if not self.quiet:
@@ -118,7 +117,7 @@ class Output:
 
 def schema(name: str) -> str:
     """Return the schema of the document called `name`."""
-    return f"tlcli.{name}/{SCHEMA_VERSION}"
+    return f"tlcli.{name}/{SCHEMA_VERSIONS.get(name, 1)}"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> Table:
@@ -212,13 +211,16 @@ class Bar:
 
 
 class _Handler(logging.Handler):
-    """Writes the library's messages to stderr."""
+    """Writes the library's messages to stderr and collects its warnings."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, warnings: list[dict[str, str]]) -> None:
         super().__init__()
         self._console = console
+        self._warnings = warnings
 
     def emit(self, record: logging.LogRecord) -> None:
         text = _lines(record.getMessage())
         prefix = "[yellow]warning:[/yellow] " if record.levelno >= logging.WARNING else ""
         self._console.print(prefix + text)
+        if code := getattr(record, "code", None):
+            warned.add(self._warnings, [{"code": code, "message": record.getMessage()}])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tlcli.cli.options import command
 from tlcli.cli.output import Output, table
 from tlcli.config.commands import PredictConfig
+from tlcli.warned import warn
 from tlcli.wording import printable
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def predict(out: Output, config: PredictConfig) -> None:
     started = False
     for prediction in library.predict(config, sys.stdin):
         if prediction.error:
-            out.warn(f"{printable(prediction.file)}: {prediction.error}")
+            warn("images_skipped", f"{printable(prediction.file)}: {prediction.error}")
         if config.format == "jsonl":
             waiting.append(json.dumps(_document(prediction)))
         elif config.format == "csv":

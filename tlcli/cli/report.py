@@ -3,6 +3,7 @@
 from tlcli.cli.options import command
 from tlcli.cli.output import Output
 from tlcli.config.commands import ReportConfig
+from tlcli.warned import warn
 
 
 @command(ReportConfig, examples=("tlcli report runs/pets", "tlcli report runs/pets --worst 60 -o pets.html"))
@@ -21,5 +22,6 @@ def report(out: Output, config: ReportConfig) -> None:
     }
     if written.num_thumbnails < written.num_mistakes:
         missing = written.num_mistakes - written.num_thumbnails
-        out.note(f"{missing} of {written.num_mistakes} mistakes are shown without their image: it is gone.")
+        text = f"{missing} of {written.num_mistakes} mistakes are shown without their image: it is gone."
+        warn("thumbnails_missing", text)
     out.result("report", document, f"{path}  ({written.num_bytes / 1000:,.0f} kB)")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ from tlcli.metrics.evaluation import STORED_MISTAKES, Evaluation, measure
 from tlcli.progress import Progress
 from tlcli.runs.results import write_evaluation
 from tlcli.runs.run import Run, open_run
-
-logger = logging.getLogger(__name__)
+from tlcli.warned import warn
 
 
 def plan_evaluate(config: EvaluateConfig, progress: Progress) -> tuple[Run, FeaturePlan]:
@@ -44,13 +42,11 @@ def plan_evaluate(config: EvaluateConfig, progress: Progress) -> tuple[Run, Feat
         )
     if config.data is None:
         if config.split in run.facts["trained_on"]:
-            logger.warning(
-                "the run was trained on %s: this shows what it remembers, not how good it is", config.split
-            )
+            text = f"the run was trained on {config.split}: this shows what it remembers, not how good it is"
+            warn("trained_on_split", text)
         elif config.split == _selected_on(run):
-            logger.warning(
-                "the run's epoch was chosen on %s, so its accuracy there flatters it a little", config.split
-            )
+            text = f"the run's epoch was chosen on {config.split}, so its accuracy there flatters it a little"
+            warn("selected_on_split", text)
     workers = config.num_workers
     collection = _split_of(config, run, workers, progress)
     dtype = run.facts["dtype"]["name"] if config.dtype == "auto" else config.dtype

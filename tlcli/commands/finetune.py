@@ -44,6 +44,7 @@ from tlcli.runs.results import write_evaluation
 from tlcli.training.backbone import TrainedBackbone, train_backbone
 from tlcli.training.checkpoints import Checkpoints
 from tlcli.training.plan import TrainingPlan, check_packages, plan_training
+from tlcli.warned import collected, warn
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class FinetunePlan:
         training: How the backbone's units are trained; None in scenario feature-extraction.
         run_dir: The run directory to write.
         started: time.perf_counter() when planning began.
+        warnings: Given while it was planned, each `code` and `message`.
     """
 
     config: FinetuneConfig
@@ -67,6 +69,7 @@ class FinetunePlan:
     training: TrainingPlan | None
     run_dir: Path
     started: float
+    warnings: tuple[dict[str, str], ...] = ()
 
     @property
     def scenario(self) -> str:
@@ -76,11 +79,7 @@ class FinetunePlan:
     @property
     def notes(self) -> tuple[str, ...]:
         """Return what people should know beforehand."""
-        warning = (scratch_warning(),) if self.scenario == "scratch" else ()
-        trained = self.training.notes if self.training else ()
-        license = self.extractor.backbone.license_note
-        licenses = (license,) if license else ()
-        return (*self.extractor.backbone.notes, *trained, *warning, *licenses)
+        return self.training.notes if self.training else ()
 
     def summary(self) -> dict[str, str]:
         """Return the plan for people."""
@@ -105,7 +104,8 @@ class FinetunePlan:
         features = self.features.document() if self.features else {}
         trained = self.training.document() if self.training else {}
         return {"scenario": self.scenario, "run_path": str(self.run_dir),
-                "num_images": self.collection.num_images(), **features, **trained}  # fmt: skip
+                "num_images": self.collection.num_images(), **features, **trained,
+                "warnings": list(self.warnings)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,16 @@ def plan_finetune(config: FinetuneConfig, progress: Progress, *, dry_run: bool =
         BackboneError: The backbone cannot be loaded.
         StorageError: The features would not fit.
     """
+    with collected() as warnings:
+        plan = _plan(config, progress, dry_run)
+        if plan.scenario == "scratch":
+            warn("no_pretraining", scratch_warning())
+        if warning := plan.extractor.backbone.license_warning:
+            warn(warning.code, warning.message)
+    return dataclasses.replace(plan, warnings=tuple(warnings))
+
+
+def _plan(config: FinetuneConfig, progress: Progress, dry_run: bool) -> FinetunePlan:
     started = time.perf_counter()
     scenario = config.resolved_scenario()
     check_run_dir(config)
@@ -191,9 +201,11 @@ def finetune(plan: FinetunePlan, progress: Progress) -> Result:
         Interrupted: A signal came while the backbone was trained; its state is saved.
     """
     config = plan.config
-    with RunDirectory(
-        plan.run_dir, config, _facts(plan), resume=config.resume, write=processes.is_main()
-    ) as writer:
+    write = processes.is_main()
+    with (
+        collected(plan.warnings) as warnings,
+        RunDirectory(plan.run_dir, config, _facts(plan), resume=config.resume, write=write) as writer,
+    ):
         outcome = _compute(plan, progress)
         collection = outcome.usable(plan.collection)
         trained_on = ("train", "val") if config.refit else ("train",)
@@ -226,6 +238,7 @@ def finetune(plan: FinetunePlan, progress: Progress) -> Result:
         facts |= {
             "data": {**_data_facts(plan, train), "bad": len(outcome.bad_images)},
             "trained_on": list(trained_on),
+            "warnings": warnings,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
         }
         writer.write_text("README.md", model_card({**writer.facts, **facts}))
@@ -245,6 +258,7 @@ def _document(plan: FinetunePlan, facts: dict[str, Any], outcome: Outcome) -> di
         "features": outcome.document(),
         "num_images": plan.collection.num_images(),
         "class_names": list(plan.collection.dataset.class_names),
+        "warnings": facts["warnings"],
     }
 
 
@@ -292,6 +306,7 @@ def _facts(plan: FinetunePlan) -> dict[str, Any]:
         "dtype": {"name": extractor.dtype_choice.name, "reason": extractor.dtype_reason},
         "cache_key": _cache_key(plan),
         "options": to_options(plan.config),
+        "warnings": list(plan.warnings),
     }
     if plan.training is not None:
         facts["recipe"] = {

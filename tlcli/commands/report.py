@@ -62,6 +62,7 @@ def report(config: ReportConfig) -> Report:
             run=facts,
             name=run.path.resolve().name,
             facts=facts_of(facts),
+            warnings=[warning["message"] for warning in facts.get("warnings", [])],
             cross_validation=facts["metrics"].get("cross_validation"),
             trained_on=facts["trained_on"],
             trained=training_of(facts),

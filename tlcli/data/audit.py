@@ -17,8 +17,10 @@ from tlcli.data.image_files import BadImage, DecodeError, ImageFacts, read_bytes
 from tlcli.data.split import Fingerprint, digest, map_threads
 from tlcli.errors import DataError
 from tlcli.progress import Progress
+from tlcli.warned import Warned
 
 SPLITS = ("train", "val", "test")
+CODES_OF = {"unreadable": "images_skipped", "blank": "blank_images"}  # where a code is no finding's kind
 IMBALANCE = 10  # times as many images in the largest class as in the smallest
 ODD_SHARE = 0.01  # formats of at most this share of the images are odd ...
 USUAL_SHARE = 0.9  # ... where another format has at least this share
@@ -54,12 +56,19 @@ class Finding:
         kind: A fixed word, such as "leakage".
         message: A sentence for the user.
         items: The images or classes it is about, all of them, quoted and safe to print.
+        code: Of a warning, where it does not follow from `kind`.
     """
 
     severity: Literal["error", "warning", "note"]
     kind: str
     message: str
     items: tuple[str, ...] = ()
+    code: str = ""
+
+    @property
+    def warned(self) -> Warned:
+        """Return a warning as it stands in every document."""
+        return Warned(self.code or CODES_OF.get(self.kind, self.kind.replace("-", "_")), self.message)
 
 
 @dataclass(frozen=True)
@@ -87,9 +96,15 @@ class Audit:
         """The findings that would poison training."""
         return [finding for finding in self.findings if finding.severity == "error"]
 
+    @property
+    def warnings(self) -> list[Warned]:
+        """The findings that deserve a look."""
+        return [finding.warned for finding in self.findings if finding.severity == "warning"]
+
     def document(self) -> dict[str, Any]:
         """Return the audit as JSON-able values."""
         return {
+            "warnings": [warning.document() for warning in self.warnings],
             "num_images": self.num_images,
             "num_bytes": self.num_bytes,
             "classes": [{"name": name, **counts} for name, counts in self.counts.items()],
@@ -163,7 +178,7 @@ def audit(
     for image in usable:
         counts[image.label][image.split] += 1
     findings = [
-        *(Finding("warning", "scan", warning) for warning in dataset.warnings),
+        *(Finding("warning", "scan", warning.message, code=warning.code) for warning in dataset.warnings),
         *_unusable(bad, len(dataset.samples), max_bad),
         *_copies(usable),
         *_divided_groups(usable),
@@ -399,7 +414,7 @@ def _policies(usable: Sequence[_Usable]) -> Iterable[Finding]:
 def _ignored(dataset: Dataset) -> Iterable[Finding]:
     for reason, count in dataset.ignored.items():
         text = f"Ignored {reason}: {count}"
-        if not any(warning.startswith(text) for warning in dataset.warnings):
+        if not any(warning.message.startswith(text) for warning in dataset.warnings):
             yield Finding("note", "ignored", f"{text}.")
 
 

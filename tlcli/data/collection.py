@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +14,7 @@ from tlcli.data.dataset import Dataset, Sample
 from tlcli.data.scan import scan
 from tlcli.data.split import Fingerprint, assign_splits, fingerprint, limit_per_class
 from tlcli.progress import Progress
-
-logger = logging.getLogger(__name__)
+from tlcli.warned import warn
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def collect(
     """
     dataset = scan(options, class_names=class_names)
     for warning in dataset.warnings:
-        logger.warning(warning)
+        warn(warning.code, warning.message)
     fingerprints = fingerprint(dataset.samples, workers, progress)
     splits = assign_splits(
         dataset.samples, fingerprints, val_fraction=options.val_fraction, split_seed=options.split_seed
@@ -110,15 +108,13 @@ def _warn_of_copies(
         if found.sha256 is not None:
             labels[found.sha256].add(sample.label)
             sides[found.sha256].add(split)
-    for values, what in (
-        (labels.values(), "conflicting labels: the same image in more than one class"),
-        (
-            sides.values(),
-            "leakage: the same image in more than one split, so what is measured on it is memory",
-        ),
-    ):
-        if count := sum(len(value) > 1 for value in values):
-            logger.warning("%s (%d such; `tlcli data check` names them)", what, count)
+    more = "such; `tlcli data check` names them"
+    if count := sum(len(value) > 1 for value in labels.values()):
+        text = "conflicting labels: the same image in more than one class"
+        warn("conflicting_labels", f"{text} ({count} {more})")
+    if count := sum(len(value) > 1 for value in sides.values()):
+        text = "leakage: the same image in more than one split, so what is measured on it is memory"
+        warn("leakage", f"{text} ({count} {more})")
 
 
 def labels_of(collection: Collection) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from tlcli.config.data import DataOptions
 from tlcli.errors import DataError
+from tlcli.warned import Warned
 
 SPLIT_NAMES: Mapping[str, str] = {
     "train": "train",
@@ -54,7 +55,7 @@ class Dataset:
         class_names: In code point order; owned by the train split.
         samples: Sorted by name.
         ignored: Reason -> how many files or folders were left out.
-        warnings: What the user should know, a line each.
+        warnings: What the user should know.
     """
 
     root: Path
@@ -62,7 +63,7 @@ class Dataset:
     class_names: tuple[str, ...]
     samples: tuple[Sample, ...]
     ignored: Mapping[str, int]
-    warnings: tuple[str, ...]
+    warnings: tuple[Warned, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def make_dataset(
     kind: Literal["folder", "split-folder", "csv"],
     class_names: tuple[str, ...],
     found: Iterable[Found],
-    left_out: tuple[Mapping[str, int], Sequence[str]],
+    left_out: tuple[Mapping[str, int], Sequence[Warned]],
 ) -> Dataset:
     """Return the data set of images whose classes are known by name."""
     index = _ClassIndex(class_names)
@@ -148,15 +149,18 @@ def make_dataset(
     )
 
 
-def _near_duplicates(class_names: Sequence[str]) -> list[str]:
+def _near_duplicates(class_names: Sequence[str]) -> list[Warned]:
     """Return warnings for classes that differ in case, spaces, leading zeros or Unicode form alone."""
     alike: dict[str, list[str]] = {}
     for name in class_names:
         key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
         alike.setdefault(_LEADING_ZEROS.sub("", key), []).append(name)
     return [
-        f"Classes {names_text(names)} differ only in case, spaces, leading zeros or Unicode form; "
-        "they stay different classes."
+        Warned(
+            "similar_class_names",
+            f"Classes {names_text(names)} differ only in case, spaces, leading zeros or Unicode form; "
+            "they stay different classes.",
+        )
         for names in alike.values()
         if len(names) > 1
     ]

@@ -27,6 +27,7 @@ from tlcli.data.dataset import (
 )
 from tlcli.errors import DataError
 from tlcli.machine import files
+from tlcli.warned import Warned
 
 IMAGE_EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
@@ -208,7 +209,8 @@ def scan_folder(path: str, options: DataOptions, class_names: Sequence[str] | No
     holding = {"/".join(item.name.split("/", depth)[:depth]) for item in found}
     for name in sorted(walker.folders - holding):
         if name.count("/") == depth - 1 and (not split_tree or name.split("/")[0] in splits):
-            warnings.append(f"Folder {name!r} holds no images: no class is made of it.")
+            text = f"Folder {name!r} holds no images: no class is made of it."
+            warnings.append(Warned("empty_class_folder", text))
     kind: Literal["folder", "split-folder"] = "split-folder" if split_tree else "folder"
     names = own_classes(options, found, class_names, _layout_hint(walker))
     return make_dataset(Path(path), kind, names, found, (ignored, warnings))
@@ -247,7 +249,7 @@ def _layout_hint(walker: _Walker) -> str:
     return LAYOUT_HINT
 
 
-def _walk_warnings(ignored: Mapping[str, int]) -> list[str]:
+def _walk_warnings(ignored: Mapping[str, int]) -> list[Warned]:
     """Return warnings for what was left out though it looks like an image."""
     hints = {
         _OUTSIDE: " (--allow-outside-root follows them)",
@@ -257,7 +259,7 @@ def _walk_warnings(ignored: Mapping[str, int]) -> list[str]:
         "not regular files": "",
     }
     return [
-        f"Ignored {reason}: {count}{hint}."
+        Warned("ignored_files", f"Ignored {reason}: {count}{hint}.")
         for reason, count in sorted(ignored.items())
         for beginning, hint in hints.items()
         if reason.startswith(beginning)

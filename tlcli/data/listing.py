@@ -20,6 +20,7 @@ from tlcli.config.data import DataOptions
 from tlcli.data.dataset import SPLIT_NAMES, Dataset, Found, is_inside, make_dataset, own_classes
 from tlcli.errors import DataError, UsageError
 from tlcli.machine import files
+from tlcli.warned import Warned
 from tlcli.wording import near_misses
 
 DELIMITERS: Mapping[str, str] = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
@@ -334,7 +335,8 @@ def scan_listing(path: str, options: DataOptions, class_names: Sequence[str] | N
             f"None of the {len(items)} files that {path!r} lists is there, for example {items[0].path!r}.",
             hint="Paths are relative to the folder of the CSV file.",
         )
-    warnings = [f"Ignored {ignored['repeated rows']} repeated rows of {path!r}."] if ignored else []
+    text = f"Ignored {ignored['repeated rows']} repeated rows of {path!r}."
+    warnings = [Warned("ignored_files", text)] if ignored else []
     names = own_classes(options, items, class_names, "Expected two or more different labels.")
     return make_dataset(Path(root), "csv", names, items, (ignored, warnings))
 

@@ -21,6 +21,7 @@ from tlcli.cache.key import RowKey, explain
 from tlcli.data.dataset import Sample
 from tlcli.features.batch import Array, to_tensor
 from tlcli.features.extractor import Extractor
+from tlcli.warned import warn
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 """Largest relative difference of a row computed by other versions, by the less precise of the types that
@@ -117,4 +118,5 @@ def log_decision(entry_key: str, env: str, own: str, num_rows: int, found: Compa
     if found.agrees:
         logger.info("%s, within %g: they are used", text, found.tolerance)
     else:
-        logger.warning("%s, more than %g: they are not used but computed again", text, found.tolerance)
+        text += f", more than {found.tolerance:g}: they are not used but computed again"
+        warn("rows_differ", text)

@@ -4,7 +4,6 @@ Planning and doing are two steps: `plan_features` says what will be computed and
 `compute_features` does it.
 """
 
-import logging
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -29,9 +28,8 @@ from tlcli.features.outcome import Outcome, write_bad_images
 from tlcli.features.views import Views
 from tlcli.machine import processes
 from tlcli.progress import Progress, Silent
+from tlcli.warned import warn
 from tlcli.wording import size_text
-
-logger = logging.getLogger(__name__)
 
 _COUNTING = threading.Lock()  # for counts that several threads correct
 TRIAL_ROWS = 64  # fewer missing rows are not worth a trial to predict their time
@@ -190,9 +188,8 @@ def compute_features(
         if bad_images_path is not None and processes.is_main():
             write_bad_images(bad_images_path, outcome.bad_images)
         where = f" ({bad_images_path})" if bad_images_path else ""
-        logger.warning(
-            "%d of %d images cannot be used and are skipped%s", len(outcome.bad_images), total, where
-        )
+        text = f"{len(outcome.bad_images)} of {total} images cannot be used and are skipped{where}"
+        warn("images_skipped", text)
     require_usable(
         collection.dataset, collection.splits, outcome.bad_images, max_bad=plan.max_bad, to_train=to_train
     )
@@ -254,7 +251,7 @@ def read_rows(plan: FeaturePlan, collection: Collection, views: Sequence[int] | 
     keys = [found.sha256 or "" for found in collection.fingerprints]
     rows, missing = plan.store.read(keys, views)
     if missing:
-        logger.warning("%d cached rows were damaged or gone; they are computed again", len(missing))
+        warn("rows_lost", f"{len(missing)} cached rows were damaged or gone; they are computed again")
         again = collection.select(missing)
         found = plan.store.fill(
             again.samples, again.fingerprints, workers=plan.workers, progress=Silent(),
@@ -279,10 +276,11 @@ def _warn_odd_formats(collection: Collection) -> None:
     (usual, count), *_ = suffixes.most_common(1)
     odd = [sample.name for sample in collection.samples if Path(sample.name).suffix.lower() in RARE_FORMATS]
     if usual not in RARE_FORMATS and odd and count >= 20 * len(odd):
-        logger.warning(
-            "%d of %d images differ in format from the rest, such as %r: `tlcli data check` looks closer",
-            len(odd), len(collection.samples), odd[0],
-        )  # fmt: skip
+        warn(
+            "odd_format",
+            f"{len(odd)} of {len(collection.samples)} images differ in format from the rest, such as "
+            f"{odd[0]!r}: `tlcli data check` looks closer",
+        )
 
 
 RARE_FORMATS = {".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
@@ -309,9 +307,7 @@ def check_images(
     ]
     if bad:
         write_bad_images(bad_images_path, bad)
-        logger.warning(
-            "%d of %d images cannot be used and are skipped (%s)",
-            len(bad), len(collection.samples), bad_images_path,
-        )  # fmt: skip
+        text = f"{len(bad)} of {len(collection.samples)} images cannot be used and are skipped"
+        warn("images_skipped", f"{text} ({bad_images_path})")
     require_usable(collection.dataset, collection.splits, bad, max_bad=config.max_bad)
     return Outcome(bad_images=bad)

@@ -29,6 +29,7 @@ from tlcli.heads.linear import Basis, LinearHead, make_basis
 from tlcli.heads.logistic import side_by_side, solve
 from tlcli.heads.mlp import Grid, TrainedStack, TrainingRows, train_mlps
 from tlcli.progress import Progress, Silent
+from tlcli.warned import warn
 
 logger = logging.getLogger(__name__)
 
@@ -356,9 +357,9 @@ def _solve_one(basis: Basis, task: Task, l2: float) -> LinearHead:
     problems = Problems(task.targets, weights, torch.tensor([l2], device=device), zero)
     solved = solve([basis], problems)
     if not bool(solved.converged.all()):
-        logger.warning(
-            "the chosen head (l2 %.3g) stopped short: its gradient is %.2g", l2, float(solved.gradient.max())
-        )
+        gradient = float(solved.gradient.max())
+        text = f"the chosen head (l2 {l2:.3g}) stopped short: its gradient is {gradient:.2g}"
+        warn("head_stopped_short", text)
     head = basis.head(solved.weights[0, 0])
     return LinearHead(head.weight.cpu(), head.bias.cpu(), head.normalise)
 

@@ -1,13 +1,12 @@
 """SIGINT and SIGTERM as a question that long work asks itself, so that it ends between two steps."""
 
 import contextlib
-import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-logger = logging.getLogger(__name__)
+from tlcli.warned import warn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MESSAGE = "stopping after this step; once more stops at once"
@@ -44,7 +43,7 @@ def deferred() -> Iterator[Callable[[], int | None]]:
         came.append(number)
         if len(came) == 1:
             # A handler may run in the middle of a write to stderr, which cannot be entered again.
-            speakers.append(threading.Thread(target=logger.warning, args=(MESSAGE,)))
+            speakers.append(threading.Thread(target=lambda: warn("stopping", MESSAGE)))
             speakers[0].start()
             return
         handler = before[signal.Signals(number)]

@@ -1,6 +1,5 @@
 """A measured split: every metric, and the prediction of each image."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +8,7 @@ import numpy as np
 
 from tlcli.data.collection import Collection
 from tlcli.metrics import scores as metrics
-
-logger = logging.getLogger(__name__)
+from tlcli.warned import warn
 
 SCHEMA = "tlcli.evaluation/1"
 STORED_MISTAKES = 100  # what the report can show; a command prints as many as it is asked for
@@ -53,7 +51,7 @@ def measure(
     present = set(labels.tolist())
     if absent := [repr(name) for index, name in enumerate(class_names) if index not in present]:
         more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
-        logger.warning("%s has no samples of %s%s", split, ", ".join(absent[:10]), more)
+        warn("unmeasured_class", f"{split} has no samples of {', '.join(absent[:10])}{more}")
     for name, scores in zip(class_names, found["per_class"], strict=True):
         scores["class_name"] = name
     probabilities = metrics.softmax(logits)

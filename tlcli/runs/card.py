@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tlcli.config.fields import long_name
+from tlcli.wording import printable
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
@@ -37,6 +38,9 @@ def model_card(facts: Mapping[str, Any]) -> str:
                 f"(95 % interval {low:.3f} to {high:.3f}, {found['num_images']} images; "
                 f"always the most frequent class: {found['majority_baseline']:.3f})"
             )
+    if warnings := facts.get("warnings"):
+        messages = (warning["message"].replace(backbone["name"], name) for warning in warnings)
+        lines += ["", "Warnings:", "", *(f"- {printable(message)}" for message in messages)]
     lines += ["", "```python", *_usage(facts), "```", ""]
     return "\n".join(lines)
 

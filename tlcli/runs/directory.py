@@ -8,7 +8,6 @@ interrupted --overwrite is repeated or resumed as it is, and what it was to repl
 import contextlib
 import datetime
 import json
-import logging
 import os
 import re
 import shlex
@@ -22,8 +21,7 @@ from tlcli.config.fields import from_options, to_options
 from tlcli.config.yaml_file import read_config_file
 from tlcli.errors import DataError, Interrupted, StorageError, UsageError
 from tlcli.machine import files
-
-logger = logging.getLogger(__name__)
+from tlcli.warned import warn
 
 SCHEMA = "tlcli.run/1"
 RUN_HINT = "Expected a directory that `tlcli finetune` wrote."
@@ -217,7 +215,8 @@ def check_same(path: Path, config: FinetuneConfig, before: Mapping[str, Any], no
         for key in sorted((earlier.keys() | later.keys()) - {"reason", "norm_reason"}):
             old_value, new_value = (_decided(facts.get(key)) for facts in (earlier, later))
             if old_value != new_value:
-                logger.warning("%s: %s was %s, now %s; results may differ", name, key, old_value, new_value)
+                text = f"{name}: {key} was {old_value}, now {new_value}; results may differ"
+                warn("continued_elsewhere", text)
 
 
 def _decided(value: Any) -> Any:
@@ -323,7 +322,7 @@ class RunDirectory:
 
     def _warn_of_kept_runs(self) -> None:
         for kept in kept_runs(self.path):
-            logger.warning("the run that was to be replaced is kept in %s", kept)
+            warn("replaced_run_kept", f"the run that was to be replaced is kept in {kept}")
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
@@ -340,7 +339,8 @@ class RunDirectory:
                 files.remove_tree(gone)
             except OSError as error:
                 left = gone if os.path.lexists(gone) else kept
-                logger.warning("the replaced run in %s could not be removed: %s", left, error.strerror)
+                text = f"the replaced run in {left} could not be removed: {error.strerror}"
+                warn("replaced_run_left", text)
 
     def _note_end(self, error: BaseException) -> None:
         """Note in run.json how the block ended, and in the error how to go on."""

@@ -12,7 +12,6 @@ only when the later one is in place.
 import errno
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -26,8 +25,7 @@ from torch import Tensor
 from tlcli.errors import BackboneError, StorageError
 from tlcli.machine import files
 from tlcli.training.optimizer_state import DTYPES
-
-logger = logging.getLogger(__name__)
+from tlcli.warned import warn
 
 SCHEMA = "tlcli.checkpoint/1"
 FOLDER = "checkpoints"
@@ -116,7 +114,7 @@ class Checkpoints:
                 try:
                     return _load(path)
                 except _Damaged as damage:
-                    logger.warning("checkpoint %s is skipped: %s", path, damage)
+                    warn("checkpoint_skipped", f"checkpoint {path} is skipped: {damage}")
                     self._damaged.add(path)
                     reasons.append(f"{path.name}: {damage}")
                 except OSError as error:
