@@ -32,7 +32,10 @@ def test_a_failed_check_carries_its_document():
     assert error.document == {"a": 1}
 
 
-@pytest.mark.parametrize(("number", "code", "name"), [(2, 130, "SIGINT"), (15, 143, "SIGTERM")])
+@pytest.mark.parametrize(
+    ("number", "code", "name"),
+    [(2, 130, "SIGINT"), (15, 143, "SIGTERM"), (1, 129, "SIGHUP"), (99, 227, "99")],
+)
 def test_an_interruption_has_the_shells_code(number, code, name):
     error = errors.Interrupted(number)
     assert error.exit_code == code

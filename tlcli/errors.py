@@ -8,14 +8,15 @@
     │   ├── DeviceError      the asked-for device is missing or out of memory
     │   └── StorageError     a folder cannot be written, read or trusted, or the disk is full
     ├── CheckFailed      6   a gate or verification failed; carries the document to print
-    └── Interrupted    130   SIGINT (130) or SIGTERM (143), with the state saved
+    └── Interrupted    130   128 + the number of the signal, with the state saved
 
 Anything else that escapes is a bug: a traceback and exit code 1. A message says what happened, with the
 path or value; what was expected; and what to do next.
 """
 
+import signal
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 
 class TlcliError(Exception):
@@ -86,13 +87,12 @@ class Interrupted(TlcliError):
     """A signal ended the command after its state was saved.
 
     Args:
-        signal_number: 2 for SIGINT, 15 for SIGTERM; the exit code is 128 more.
+        signal_number: Such as 2 for SIGINT, 15 for SIGTERM; the exit code is 128 more.
         hint: How to continue.
     """
 
-    SIGNALS: ClassVar[dict[int, str]] = {2: "SIGINT", 15: "SIGTERM"}
-
     def __init__(self, signal_number: int, *, hint: str = "The same command continues it.") -> None:
-        name = self.SIGNALS.get(signal_number, str(signal_number))
+        known = {item.value: item.name for item in signal.Signals}
+        name = known.get(signal_number, str(signal_number))
         super().__init__(f"Interrupted by {name}; finished work is kept.", hint=hint)
         self.exit_code = 128 + signal_number

@@ -15,6 +15,7 @@ import pytest
 from tlcli import __version__
 from tlcli.cli import app
 from tlcli.errors import BackboneError, DataError, StorageError
+from tlcli.machine.interrupts import SIGNALS
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -73,9 +74,9 @@ def test_errors_become_codes_and_leave_stdout_empty(run_cli, monkeypatch, error,
     assert ("Traceback" in result.stderr) == (code == 1)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(number, 128 + number) for number in SIGNALS])
 def test_signals_end_with_their_code(run_cli, monkeypatch, number, code):
-    handlers = {key: signal.getsignal(key) for key in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {key: signal.getsignal(key) for key in SIGNALS}
 
     def interrupted(self):
         os.kill(os.getpid(), number)

@@ -13,6 +13,7 @@ from tests.tiny import TINY_FP32 as TINY
 from tlcli.cache.store import Store
 from tlcli.cache.writer import Writer
 from tlcli.machine import paths
+from tlcli.machine.interrupts import SIGNALS
 
 
 @pytest.fixture
@@ -165,9 +166,9 @@ def test_file_names_of_any_bytes(run_cli, tmp_path, make_images):
     assert {image["file"] for image in document["bad_images"]} == {f"a/{name}" for name in names[1::2]}
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(number, 128 + number) for number in SIGNALS])
 def test_an_interruption_keeps_the_finished_rows(run_cli, folder, monkeypatch, number, code):
-    handlers = {key: signal.getsignal(key) for key in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {key: signal.getsignal(key) for key in SIGNALS}
     real, calls = Writer.add, []
 
     def add(self, key, row, name=None):

@@ -1,18 +1,20 @@
 """The first signal is noted, the second ends at once, and everything is as before afterwards."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import termios
 import threading
 from pathlib import Path
 
 import pytest
 
-from tlcli.machine.interrupts import deferred
+from tlcli.machine.interrupts import SIGNALS, deferred
 
 ROOT = Path(__file__).parents[2]
-NUMBERS = [signal.SIGINT, signal.SIGTERM]
+NUMBERS = list(SIGNALS)
 
 
 class Terminated(Exception):
@@ -28,7 +30,8 @@ def outside():
 
     before = {number: signal.getsignal(number) for number in NUMBERS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, terminate)
+    for number in NUMBERS[1:]:
+        signal.signal(number, terminate)
     expected = {number: signal.getsignal(number) for number in NUMBERS}
     yield
     assert {number: signal.getsignal(number) for number in NUMBERS} == expected
@@ -85,15 +88,16 @@ def test_the_second_ends_whatever_was_outside(handler):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_what_is_ignored_stays_ignored():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", NUMBERS)
+def test_what_is_ignored_stays_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with deferred() as asked:
-            send(signal.SIGINT)
+            send(number)
             assert asked() is None
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert signal.getsignal(number) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(number, before)
 
 
 def test_a_block_inside_a_block_shares_its_answer(caplog):
@@ -132,7 +136,7 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from tlcli.cli import app, options
 from tlcli.errors import Interrupted
-from tlcli.machine.interrupts import deferred
+from tlcli.machine.interrupts import SIGNALS, deferred
 
 def work(self):
     with deferred() as asked:
@@ -148,10 +152,11 @@ sys.exit(app.main(["cache", "list"]))
 """
 
 
-def child(kind):
+def child(kind, *before, **options):
     return subprocess.Popen(
-        [sys.executable, "-c", LOOP, kind], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*before, sys.executable, "-c", LOOP, kind], text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
     )  # fmt: skip
 
 
@@ -176,3 +181,29 @@ def test_a_command_that_hangs_ends_at_the_second(number):
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (128 + number, "")
     assert "Interrupted by" in stderr
+
+
+def test_under_nohup_a_hangup_is_ignored_still():
+    process = child("saves", "nohup", stdin=subprocess.DEVNULL)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGUSR1)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (128 + signal.SIGUSR1, "saved\n")
+    assert "SIGUSR1" in stderr
+
+
+def test_a_terminal_that_is_gone_takes_nothing_with_it():
+    main, terminal = os.openpty()
+
+    def take_terminal():
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    process = child(
+        "saves", stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        preexec_fn=take_terminal,
+    )  # fmt: skip
+    os.close(terminal)
+    assert os.read(main, 1 << 10).startswith(b"ready")
+    os.close(main)
+    assert process.wait(60) == 128 + signal.SIGHUP

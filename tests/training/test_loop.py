@@ -11,6 +11,7 @@ from torch import nn
 
 from tlcli.config.commands import FinetuneConfig
 from tlcli.errors import Interrupted, UsageError
+from tlcli.machine.interrupts import SIGNALS
 from tlcli.progress import Silent
 from tlcli.training import stepper
 from tlcli.training.checkpoints import Checkpoints
@@ -312,7 +313,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
         run(recipe(epochs=1, weight_decay=0.4), tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_the_state_and_ends_with_its_code(tmp_path, number):
     assert threading.current_thread() is threading.main_thread()
 

@@ -15,11 +15,12 @@ import typer
 from tlcli import __version__
 from tlcli.cli import options, output
 from tlcli.errors import Interrupted, TlcliError
-from tlcli.machine import memory, paths
+from tlcli.machine import interrupts, memory, paths
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 bug, 2 usage, 3 data, 4 backbone or weights, 5 device, memory, disk, permission, "
-    "6 a check or gate failed, 130/143 interrupted with the finished work kept."
+    "6 a check or gate failed, 128+n interrupted by signal n (INT, TERM, USR1, USR2, HUP) with the finished "
+    "work kept."
 )
 
 # command -> module:function below tlcli.cli; a group's commands are one level deeper
@@ -157,7 +158,7 @@ def _unexpected(error: Exception) -> int:
 
 
 def _prepare() -> None:
-    """Make odd file names printable, SIGTERM end like Ctrl-C, and TLCLI_OFFLINE hold for the hub client."""
+    """Make odd file names printable, signals end like Ctrl-C, and TLCLI_OFFLINE hold for the hub client."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller, as with >&-
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open as long as the process
@@ -173,9 +174,13 @@ def _prepare() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     options.interrupting_signal = signal.SIGINT
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
+        for number in interrupts.SIGNALS[1:]:  # Ctrl-C is Python's own; HUP is ignored under nohup
+            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, _terminate)
 
 
 def _terminate(number: int, _frame: FrameType | None) -> None:
     options.interrupting_signal = number
+    if number == signal.SIGHUP:
+        interrupts.leave_terminal()
     raise KeyboardInterrupt

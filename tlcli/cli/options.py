@@ -33,7 +33,7 @@ PANELS = {
     TrainingOptions: "Training of the backbone",
 }
 
-interrupting_signal = 2  # set by the handler of app.py; SIGINT unless a SIGTERM came
+interrupting_signal = 2  # set by the handler of app.py; SIGINT unless another came
 
 
 class ReaderGone(Exception):

@@ -107,7 +107,8 @@ class _Child:
 
 def _serve(connection: Connection) -> None:
     """Examine what comes through `connection` until the other end closes; runs in a child process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):  # the parent's to answer
+        signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":  # macOS does not hold a process to it
         with open("/proc/self/statm") as file:

@@ -74,7 +74,7 @@ def train(network: Network, recipe: Recipe, data: Samples, val: Samples | None, 
 
     Raises:
         UsageError: An optimiser is not there, the loss is not finite, or a checkpoint is of another recipe.
-        Interrupted: SIGINT or SIGTERM came; the state is saved.
+        Interrupted: A signal came (machine/interrupts.py); the state is saved.
     """
     started = time.perf_counter()
     loop = _Loop(network, recipe, data, val, setting)
