@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from tests.tiny import TINY_FP32
 from tlcli.errors import DataError
 from tlcli.machine import paths, processes
+from tlcli.training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parents[2]
 
@@ -159,3 +161,47 @@ def test_an_error_of_one_process_ends_all_with_its_code_and_keeps_the_rows(tmp_p
     found = json.loads(run_cli("extract", folder, *TINY, "--json").stdout)["features"]
     assert found["rows_reused"] >= 60
     assert found["rows_reused"] + found["rows_computed"] == 120
+
+
+SIGNALLED = """
+import os, signal, sys
+from tlcli.cli.app import main
+from tlcli.machine import processes
+from tlcli.training.loop import _Loop
+
+real = _Loop._save_or_stop
+def save_or_stop(self, number):
+    if processes.rank() == 1 and self.counters.step == 2:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    real(self, number)
+_Loop._save_or_stop = save_or_stop
+code = main(sys.argv[2:])
+open(os.path.join(sys.argv[1], f"code-{processes.rank()}"), "w").write(str(code))
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_saves_and_ends_all(tmp_path, make_images, run_cli):
+    folder = make_images(tmp_path / "images", {"a": 20, "b": 20})
+    script = tmp_path / "signalled.py"
+    script.write_text(SIGNALLED)
+    words = [
+        "finetune",
+        folder,
+        *TINY_FP32,
+        "--freeze",
+        "2",
+        "--epochs",
+        "3",
+        "-b",
+        "8",
+        "-o",
+        tmp_path / "run",
+    ]
+    done = torchrun([script], tmp_path, *words)
+    assert done.returncode != 0
+    codes = [(tmp_path / f"code-{rank}").read_text() for rank in range(2)]
+    assert codes == [str(128 + signal.SIGUSR1)] * 2, done.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+    assert Checkpoints(tmp_path / "run").newest().step == 3  # all hear of it after the next step
