@@ -39,7 +39,14 @@ TORCH = {"torch", "torchvision", "timm"}
 # No torch at import: what a command line needs before it knows that it has work to do.
 LIGHT = {
     *("__init__", "__main__", "errors", "progress", "warned", "wording", "config", "cli", "advice"),
-    *("machine.files", "machine.interrupts", "machine.paths", "machine.processes", "runs.directory"),
+    *(
+        "machine.files",
+        "machine.interrupts",
+        "machine.paths",
+        "machine.processes",
+        "runs.directory",
+        "runs.continuing",
+    ),
 }
 CONSOLE = {"typer", "rich"}
 # Slow to import and not needed by every command, so imported by the functions that use them.

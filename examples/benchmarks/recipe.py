@@ -186,14 +186,14 @@ def run(options: argparse.Namespace, cell: Sequence[str], folder: Path) -> Row:
     is_test = torch.tensor([file in tests for file in found["files"]])
     published, before, after = "trained", result.logits, result.logits
     if hasattr(result, "publication"):
-        from tlcli.training.publishing import candidate, publish
+        from tlcli.training.publishing import Comparison, candidate, publish
 
         before, after = result.before, result.after
         pair = [
             candidate(name, logits[~is_test], labels[~is_test])
             for name, logits in (("probe", before), ("trained", after))
         ]
-        published = publish(pair, selected_on="val", insist=False, balanced=False).published
+        published = publish(Comparison(*pair, "val"), insist=False).published
     probe, trained = (logits.argmax(1) == labels for logits in (before, after))
     shares = [
         round(float(right[part].double().mean()), 5)

@@ -278,7 +278,7 @@ def test_125_output_exists(run_cli, unfinished, trained, images, tmp_path, kind)
     refused(run_cli, "finetune", images, *HEAD, "-o", run, *both, expected=["contradict"])
     if kind == "finished":
         words = ("finetune", trained.images, *HEAD, "-o", run, "--resume")
-        refused(run_cli, *words, expected=["is done", "--overwrite"])
+        refused(run_cli, *words, expected=["other options", "--folds was 5, now 2", "--overwrite"])
     assert content_of(run) == before
 
 

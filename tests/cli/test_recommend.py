@@ -16,7 +16,7 @@ def test_json_is_one_document_with_its_schema(run_cli) -> None:
     assert result.code == 0
     assert document["schema"] == "tlcli.recommend/1"
     assert set(document) == {
-        *("schema", "scenario", "reason", "caveats", "command", "built", "size", "similarity"),
+        *("schema", "scenario", "reason", "caveats", "command", "built", "size", "similarity", "warnings"),
     }
     assert document["scenario"] == "freeze"
     assert document["built"] is True

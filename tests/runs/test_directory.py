@@ -13,7 +13,7 @@ import yaml
 from tlcli.config.commands import FinetuneConfig
 from tlcli.errors import DataError, Interrupted, StorageError, UsageError
 from tlcli.machine import files
-from tlcli.runs import directory
+from tlcli.runs import continuing
 from tlcli.runs.directory import RunDirectory, check_run_dir, default_run_dir, run_to_continue
 from tlcli.runs.run import open_run
 
@@ -284,11 +284,11 @@ def test_every_option_that_can_change_the_result_is_compared(tmp_path, item):
     object.__setattr__(right, item.name, "another")
     with RunDirectory(tmp_path / "run", left, BEGUN) as writer:
         pass
-    if item.name in directory.MAY_DIFFER:
-        directory.check_same(tmp_path / "run", right, writer.facts, writer.facts)
+    if item.name in continuing.MAY_DIFFER:
+        continuing.check_same(tmp_path / "run", right, writer.facts, writer.facts)
     else:
         with pytest.raises(UsageError, match=f"--{item.name.replace('_', '-')} was .*now another"):
-            directory.check_same(tmp_path / "run", right, writer.facts, writer.facts)
+            continuing.check_same(tmp_path / "run", right, writer.facts, writer.facts)
 
 
 def test_other_data_is_refused(tmp_path):
@@ -357,6 +357,71 @@ def test_killed_before_any_operation_while_it_begins(tmp_path, monkeypatch):
         if survived:
             break
     assert nth > 10
+
+
+def finished_run(path):
+    """Write a finished run of two epochs."""
+    trained = {"recipe": {"epochs": 2}, "training": {"epochs": 2, "steps": 6}}
+    writer = begin(path, facts={**BEGUN, **trained}, epochs=2)
+    writer.write_text("model.safetensors", "weights")
+    writer.write_text("metrics.jsonl", "{}")
+    writer.finish({})
+    (path / "checkpoints").mkdir()
+
+
+def test_killed_before_any_operation_while_a_finished_run_goes_on(tmp_path, monkeypatch):
+    """At every moment the run is there: done, or in RUN/earlier; and the same command goes on."""
+
+    class Killed(BaseException):
+        pass
+
+    facts = {**BEGUN, "continued": {"after_epoch": 2, "to_epoch": 4}, "options": {"epochs": 4}}
+    for nth in range(1, 100):
+        path = tmp_path / str(nth)
+        finished_run(path)
+        with monkeypatch.context() as patch:
+            left = iter(range(1, 1000))
+
+            def wrap(real, left=left, nth=nth):
+                def call(*arguments, **options):
+                    if next(left) >= nth:  # nothing is cleaned up after a kill
+                        raise Killed
+                    return real(*arguments, **options)
+
+                return call
+
+            for name in ("open", "write", "fsync", "replace", "mkdir", "unlink", "link", "rmdir"):
+                patch.setattr(os, name, wrap(getattr(os, name)))
+            try:
+                begin(path, facts=facts, epochs=4)
+                survived = True
+            except Killed:
+                survived = False
+        kept = path if status(path)["status"] == "done" else path / "earlier"
+        assert status(kept)["training"]["epochs"] == 2
+        assert (kept / "model.safetensors").read_text() == "weights"
+        check_run_dir(config(output=str(path), resume=True, epochs=4))
+        writer = begin(path, facts=facts, epochs=4)
+        assert status(path)["status"] == "running"
+        assert (path / "earlier/model.safetensors").read_text() == "weights"
+        assert not (path / "model.safetensors").exists()
+        assert not (path / "checkpoints").exists()
+        with writer:
+            writer.finish({})
+        assert not (path / "earlier").exists()
+        if survived:
+            break
+    assert nth > 20
+
+
+def test_where_files_have_one_name_alone_a_run_that_goes_on_is_copied(tmp_path, monkeypatch):
+    def refuse(*_arguments, **_options):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    finished_run(tmp_path / "run")
+    monkeypatch.setattr(os, "link", refuse)
+    begin(tmp_path / "run", facts={**BEGUN, "continued": {"after_epoch": 2}}, epochs=4)
+    assert (tmp_path / "run/earlier/model.safetensors").read_text() == "weights"
 
 
 def test_what_killed_writers_left_is_cleaned(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss
 
 from tlcli.metrics.intervals import paired_interval
-from tlcli.training.publishing import Publication, candidate, held_out, publish
+from tlcli.training.publishing import Comparison, Publication, candidate, held_out, publish
 
 LABELS = torch.tensor([0] * 16 + [1] * 4)
 
@@ -19,10 +19,9 @@ def logits(right, sure=2.0):
     return sure * torch.nn.functional.one_hot(named, 2).float()
 
 
-def chosen(probe, trained, **options):
-    fixed = {"selected_on": "val", "insist": False, "balanced": False}
-    pair = [candidate("probe", probe, LABELS), candidate("trained", trained, LABELS)]
-    return publish(pair, **{**fixed, **options})
+def chosen(probe, trained, *, insist=False, **options):
+    pair = candidate("probe", probe, LABELS), candidate("trained", trained, LABELS)
+    return publish(Comparison(*pair, "val", **options), insist=insist)
 
 
 def first(count):
@@ -73,7 +72,7 @@ def test_a_loss_is_a_warning_a_clear_gain_is_none_and_a_small_one_may_be_chance(
     assert [code for code, _ in near.warnings()] == ["not_better_than_probe"]
     clear = chosen(logits(first(4)), logits(first(20)))
     assert clear.warnings() == []
-    assert clear.interval.low > 0
+    assert clear.comparison.interval.low > 0
 
 
 def test_nothing_to_compare_is_said_by_nothing():

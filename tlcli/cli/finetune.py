@@ -20,6 +20,9 @@ def finetune(out: Output, config: FinetuneConfig) -> None:
     """Train a classifier in one of the four scenarios and write a run."""
     from tlcli.commands import finetune as library
 
+    if document := library.finished(config, out.progress):
+        _tell_finished(out, document)
+        return
     plan = library.plan_finetune(config, out.progress, dry_run=out.dry_run)
     for note in plan.notes:
         out.note(note)
@@ -35,7 +38,25 @@ def finetune(out: Output, config: FinetuneConfig) -> None:
     out.hint(f"tlcli evaluate {run}    tlcli report {run}")
 
 
-_PUBLISHED = {"probe": "the linear probe", "trained": "the trained network"}
+_PUBLISHED = {
+    "probe": "the linear probe",
+    "trained": "the trained network",
+    "earlier": "the run as it was before",
+}
+
+
+def _tell_finished(out: Output, document: dict[str, Any]) -> None:
+    """Print the result of a run that --resume has nothing to do for, as when it was finished."""
+    run = shlex.quote(document["run_path"])
+    if "training" in document:
+        out.note("the run is finished; nothing to do (more --epochs would continue it)")
+    else:
+        out.note("the run is finished; nothing to do")
+    if out.dry_run:
+        out.result("finetune.plan", {key: document[key] for key in ("scenario", "run_path", "num_images")})
+        return
+    out.result("finetune", document, table(["", ""], _rows(document)))
+    out.hint(f"tlcli evaluate {run}    to train on from it in a new run: --backbone local-dir:{run}")
 
 
 def _rows(document: dict[str, Any]) -> list[tuple[str, str]]:
@@ -57,6 +78,8 @@ def _rows(document: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append(("published", _PUBLISHED[publication["published"]]))
             rows.append(("compared", publication["sentence"]))
         rows.append(("trained", f"{training['epochs']} epochs, {training['steps']} steps"))
+        if continued := document.get("continued"):
+            rows.append(("continued", f"after epoch {continued['after_epoch']}, with a new schedule"))
         if training["selected_on"]:
             rows.append(("selected on", _selected_on(training)))
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")

@@ -38,7 +38,15 @@ from tlcli.metrics.evaluation import STORED_MISTAKES, Evaluation, headline, meas
 from tlcli.metrics.intervals import wilson_interval
 from tlcli.progress import Progress
 from tlcli.runs.card import model_card
-from tlcli.runs.directory import RunDirectory, check_run_dir, default_run_dir, run_to_continue
+from tlcli.runs.continuing import check_data, check_options, goes_on, is_done
+from tlcli.runs.directory import (
+    RunDirectory,
+    check_run_dir,
+    default_run_dir,
+    kept_runs,
+    read_facts,
+    run_to_continue,
+)
 from tlcli.runs.model_files import check_saving, save_model
 from tlcli.runs.results import write_evaluation
 from tlcli.training.backbone import TrainedBackbone, train_backbone
@@ -123,6 +131,38 @@ class Result:
     document: dict[str, Any]
     evaluation: Evaluation | None
     outcome: Outcome
+
+
+def finished(config: FinetuneConfig, progress: Progress) -> dict[str, Any] | None:
+    """Return the result document of the finished run that --resume has nothing more to do for, or None.
+
+    None too where there is no such run, it is unfinished, or more --epochs let it go on.
+
+    Args:
+        config: The options.
+        progress: Told of every file that is hashed.
+
+    Raises:
+        UsageError: The run was made with other options or data.
+        DataError: The run or the data cannot be read.
+        StorageError: The directory cannot be looked at.
+    """
+    path = Path(config.output or "")
+    if not (config.resume and (path / "run.json").is_file()):
+        return None
+    facts = read_facts(path, str(path))
+    if not is_done(facts) or goes_on(config, facts):
+        return None
+    check_options(path, _absolute(config), facts)
+    collection = _without_test(collect(config, config.num_workers, progress))
+    names = list(collection.dataset.class_names)
+    data = {"digest": collection.digest(), "num_images": collection.num_images()}
+    check_data(path, facts, {"data": data, "class_names": names})
+    for kept in kept_runs(path):
+        warn("replaced_run_kept", f"the run that it replaced is still in {kept}")
+    document = _document(path, facts, Outcome(entry_key=facts.get("cache_key")))
+    document["features"]["images_skipped"] = facts["data"].get("bad", 0)
+    return document
 
 
 def plan_finetune(config: FinetuneConfig, progress: Progress, *, dry_run: bool = False) -> FinetunePlan:
@@ -245,20 +285,22 @@ def finetune(plan: FinetunePlan, progress: Progress) -> Result:
         writer.finish(facts)
     if processes.is_main():
         Checkpoints(plan.run_dir).clear()
-    return Result(plan.run_dir, _document(plan, {**_facts(plan), **facts}, outcome), evaluation, outcome)
+    return Result(
+        plan.run_dir, _document(plan.run_dir, {**_facts(plan), **facts}, outcome), evaluation, outcome
+    )
 
 
-def _document(plan: FinetunePlan, facts: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
+def _document(run_dir: Path, facts: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
     """Return the result for --json."""
-    names = ("metrics", "head", "recipe", "training", "seconds")
+    names = ("metrics", "head", "recipe", "training", "continued", "seconds")
     return {
-        "run_path": str(plan.run_dir),
-        "scenario": plan.scenario,
+        "run_path": str(run_dir),
+        "scenario": facts["scenario"],
         **{name: facts[name] for name in names if name in facts},
         "features": outcome.document(),
-        "num_images": plan.collection.num_images(),
-        "class_names": list(plan.collection.dataset.class_names),
-        "warnings": facts["warnings"],
+        "num_images": facts["data"]["num_images"],
+        "class_names": facts["class_names"],
+        "warnings": facts.get("warnings", []),
     }
 
 
@@ -309,6 +351,8 @@ def _facts(plan: FinetunePlan) -> dict[str, Any]:
         "warnings": list(plan.warnings),
     }
     if plan.training is not None:
+        if plan.training.continued is not None:
+            facts["continued"] = plan.training.continued.document()
         facts["recipe"] = {
             **plan.training.recipe.document(),
             "augmentation": plan.training.policy.key_facts(),
@@ -365,6 +409,8 @@ def _trained_facts(plan: FinetunePlan, trained: TrainedBackbone) -> dict[str, An
     publication = trained.publication
     selected_on = "val" if recipe.select_on_val else publication.selected_on
     training = {**trained.document(), "selected_on": selected_on}
+    if plan.training.continued is not None:  # which began from the probe, if from one
+        training["probe"] = plan.training.continued.training.get("probe")
     chosen: Mapping[str, Any] = {"lr": trained.result.lr, "epochs": len(trained.result.history)}
     if publication.published == "probe" and trained.probe is not None:
         chosen = trained.probe.chosen

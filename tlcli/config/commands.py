@@ -54,7 +54,9 @@ class FinetuneConfig(
     )
     overwrite: bool = option(False, "Replace an existing run directory.")
     resume: bool = option(
-        False, "Continue the unfinished run in -o from its newest checkpoint; starts it where there is none."
+        False,
+        "Continue the run in -o: an unfinished one from its newest checkpoint, a finished one with more "
+        "--epochs; start it where there is none.",
     )
 
     def check(self) -> None:

@@ -57,6 +57,8 @@ def _training_line(facts: Mapping[str, Any]) -> list[str]:
     augmentation = recipe.get("augmentation") or {}
     rate = training.get("lr") or recipe.get("lr")
     epochs = f"{training['epochs']} epochs"
+    if continued := facts.get("continued"):
+        epochs += f" (continued after epoch {continued['after_epoch']} with a new schedule)"
     if training.get("best_epoch"):
         epochs += (
             f" of which epoch {training['best_epoch']} was kept (chosen on {training.get('selected_on')})"

@@ -10,29 +10,31 @@ import datetime
 import json
 import os
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from tlcli import __version__
 from tlcli.config.commands import FinetuneConfig
-from tlcli.config.fields import from_options, to_options
-from tlcli.config.yaml_file import read_config_file
+from tlcli.config.fields import to_options
 from tlcli.errors import DataError, Interrupted, StorageError, UsageError
 from tlcli.machine import files
+from tlcli.runs.continuing import (
+    EARLIER,
+    NOT_STORED,
+    check_same,
+    goes_on,
+    is_done,
+    keep_earlier,
+    remove_earlier,
+    remove_results,
+    resume_command,
+)
 from tlcli.warned import warn
 
 SCHEMA = "tlcli.run/1"
 RUN_HINT = "Expected a directory that `tlcli finetune` wrote."
 DISK_HINT = "Check the folder's permissions and the disk's space, then run it again with --resume."
-NOT_STORED = (
-    "output",
-    "overwrite",
-    "resume",
-)  # so that repeating a run from its config.yaml writes beside it
-# What may differ where a run is continued: none of it changes the result. Data is compared by its digest.
-MAY_DIFFER = (*NOT_STORED, "data", "workers", "max_bad", "checkpoint_minutes", "tracker", "cache_max_size")
 
 
 def default_run_dir(data: str, backbone: str, scenario: str) -> Path:
@@ -66,7 +68,8 @@ def check_run_dir(config: FinetuneConfig) -> None:
 
     Raises:
         UsageError: The directory exists, and neither --overwrite nor --resume is given; or it is no run; or
-            --resume is given and the run is done; or an interrupted --overwrite keeps the run that was there.
+            --resume is given and the run is done and asked for no more epochs; or an interrupted --overwrite
+            keeps the run that was there.
         DataError: The run to continue cannot be read.
         StorageError: The directory cannot be looked at.
     """
@@ -98,7 +101,7 @@ def _check_output(path: Path, config: FinetuneConfig) -> None:
                 f"Output {config.output!r} is no run, so --resume does not continue it.",
                 hint="Choose another -o.",
             )
-        _unfinished(path)
+        _continuable(path, config)
     elif not config.overwrite:
         what = "a run" if is_run else "there"
         raise UsageError(
@@ -118,13 +121,13 @@ def run_to_continue(config: FinetuneConfig) -> dict[str, Any] | None:
     A plan takes from it what it would otherwise measure anew, and so perhaps decide otherwise.
 
     Raises:
-        UsageError: The run is done.
+        UsageError: The run is done, and asked for no more epochs.
         DataError: It cannot be read.
         StorageError: The directory cannot be looked at.
     """
     path = Path(config.output or "")
     with _storage_errors("use", path):
-        return _unfinished(path) if config.resume and (path / "run.json").is_file() else None
+        return _continuable(path, config) if config.resume and (path / "run.json").is_file() else None
 
 
 def _was_begun(path: Path) -> bool:
@@ -132,15 +135,15 @@ def _was_begun(path: Path) -> bool:
     return path.is_dir() and all(files.TEMPORARY.fullmatch(item.name) for item in path.iterdir())
 
 
-def _unfinished(path: Path) -> dict[str, Any]:
+def _continuable(path: Path, config: FinetuneConfig) -> dict[str, Any]:
     """Return run.json of a run that can be continued.
 
     Raises:
-        UsageError: It is done.
+        UsageError: It is done, and asked for no more epochs.
         DataError: It cannot be read.
     """
     facts = read_facts(path, str(path))
-    if facts.get("status") == "done":
+    if is_done(facts) and not goes_on(config, facts):
         kept = "".join(f" The run it replaced is still in {str(run)!r}." for run in kept_runs(path))
         raise UsageError(
             f"Run {str(path)!r} is done; there is nothing to resume.{kept}",
@@ -178,62 +181,6 @@ def kept_hint(path: Path) -> str:
     return f"The run that was to be replaced is kept in {str(kept[-1])!r}." if kept else ""
 
 
-def check_same(path: Path, config: FinetuneConfig, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to continue a run with other options or data than it was begun with.
-
-    Args:
-        path: The run.
-        config: The options now.
-        before: run.json of the run.
-        now: What run.json would say of a new run.
-
-    Raises:
-        UsageError: They differ; names the differences.
-    """
-    known = set(FinetuneConfig.__dataclass_fields__)
-    stored = from_options(FinetuneConfig, read_config_file(path / "config.yaml", known))
-    old, new = (to_options(each, without=MAY_DIFFER) for each in (stored, config))
-    if changes := [f"--{name} was {old[name]}, now {new[name]}" for name in old if old[name] != new[name]]:
-        raise UsageError(
-            f"Run {str(path)!r} was begun with other options: {'; '.join(changes)}.",
-            hint=f"Continue it with its own, {resume_command(path)}, or begin anew with --overwrite.",
-        )
-    old_data, new_data = (facts.get("data") or {} for facts in (before, now))
-    if old_data.get("digest") != new_data.get("digest"):
-        was, found = (_counts(data) for data in (old_data, new_data))
-        what = f"{was} images, now {found}" if was != found else "images, classes or splits changed"
-        old_names, new_names = (set(facts.get("class_names") or ()) for facts in (before, now))
-        changes = [f"class {name!r} is gone" for name in sorted(old_names - new_names)]
-        changes += [f"class {name!r} is new" for name in sorted(new_names - old_names)]
-        raise UsageError(
-            f"The data is not what run {str(path)!r} was begun with: {'; '.join([what, *changes[:10]])}.",
-            hint="Bring back the data as it was, or begin anew with --overwrite.",
-        )
-    # Equal options can still mean something else on another machine, or to another version.
-    for name in ("device", "dtype", "recipe"):
-        earlier, later = (facts.get(name) or {} for facts in (before, now))
-        for key in sorted((earlier.keys() | later.keys()) - {"reason", "norm_reason"}):
-            old_value, new_value = (_decided(facts.get(key)) for facts in (earlier, later))
-            if old_value != new_value:
-                text = f"{name}: {key} was {old_value}, now {new_value}; results may differ"
-                warn("continued_elsewhere", text)
-
-
-def _decided(value: Any) -> Any:
-    """Return what was decided, of the caching without its reason and costs."""
-    return value.get("where", value) if isinstance(value, Mapping) else value
-
-
-def _counts(data: Mapping[str, Any]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in (data.get("num_images") or {}).items() if count)
-
-
-def resume_command(path: Path) -> str:
-    """Return the command line that continues a run."""
-    config, output = shlex.quote(str(path / "config.yaml")), shlex.quote(str(path))
-    return f"tlcli finetune --config {config} -o {output} --resume"
-
-
 def _storage_errors(action: str, path: Path) -> contextlib.AbstractContextManager[None]:
     return files.storage_errors(action, path, hint=DISK_HINT)
 
@@ -248,7 +195,8 @@ class RunDirectory:
         path: The run directory.
         config: With absolute paths.
         facts: What run.json says beside schema, status, date and tlcli's version.
-        resume: Continue the unfinished run in `path` in place; begin one where there is none.
+        resume: Continue the run in `path` in place; begin one where there is none. A finished run that goes
+            on with more epochs is kept in RUN/earlier until those are done.
         write: False in all processes but one: nothing is written or compared then.
     """
 
@@ -270,6 +218,7 @@ class RunDirectory:
         }
         self._config = config
         self._resume = resume
+        self._goes_on = False  # from a finished run
         self.writes = write
 
     def __enter__(self) -> Self:
@@ -282,7 +231,8 @@ class RunDirectory:
         """
         with _storage_errors("write", self.path):
             if self._resume and (self.path / "run.json").is_file():
-                before = _unfinished(self.path)
+                before = _continuable(self.path, self._config)
+                self._goes_on = is_done(before)
                 if (self.path / "config.yaml").is_file():  # else it was killed before any work
                     check_same(self.path, self._config, before, self.facts)
                 created = before.get("created", self.facts["created"])
@@ -305,7 +255,11 @@ class RunDirectory:
             files.make_folder(self.path)
             for left in files.stale_temporaries(self.path):
                 files.remove_tree(left)
+            if self._goes_on:
+                keep_earlier(self.path)
             self.write_json("run.json", self.facts)  # first, so that a folder without one is none of ours
+            if self.facts.get("continued"):
+                remove_results(self.path)
             self.write_yaml("config.yaml", to_options(self._config, without=NOT_STORED))
         except BaseException:
             if aside:
@@ -329,6 +283,7 @@ class RunDirectory:
             self._note_end(error)
         elif self.writes and self.facts["status"] == "done":
             self._remove_kept()
+            remove_earlier(self.path)
 
     def _remove_kept(self) -> None:
         """Remove the runs that this one replaced; each goes out of sight whole, and then file by file."""
@@ -358,6 +313,8 @@ class RunDirectory:
             self.write_json("run.json", self.facts)
         if self.writes:
             self._warn_of_kept_runs()
+            if self.facts.get("continued"):
+                warn("replaced_run_kept", f"the run as it was is kept in {self.path / EARLIER}")
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Add facts to run.json and mark the run as done.

@@ -11,7 +11,8 @@ from tlcli.backbones.zoo import load_backbone, load_stored
 from tlcli.config.backbone import BackboneOptions, Preprocess
 from tlcli.errors import DataError, UsageError
 from tlcli.heads.head import Head, head_from_state
-from tlcli.runs.directory import RUN_HINT, kept_hint, read_facts, resume_command
+from tlcli.runs.continuing import resume_command
+from tlcli.runs.directory import RUN_HINT, kept_hint, read_facts
 
 RUN_FACTS = {
     "status",

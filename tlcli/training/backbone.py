@@ -19,12 +19,13 @@ from tlcli.heads.head import Head
 from tlcli.progress import Progress
 from tlcli.runs.directory import RunDirectory
 from tlcli.training.checkpoints import Checkpoints
+from tlcli.training.continued import load_weights
 from tlcli.training.inputs import ImageInputs, Inputs, RowInputs
 from tlcli.training.loop import Samples, Trained, network_logits, train
 from tlcli.training.network import Network, make_network
 from tlcli.training.optimizer import undecayed_names
 from tlcli.training.plan import TrainingPlan
-from tlcli.training.publishing import Publication, candidate, held_out, publish
+from tlcli.training.publishing import Comparison, Name, Publication, candidate, held_out, publish
 from tlcli.training.setting import Setting
 from tlcli.training.stepper import diverged
 
@@ -100,7 +101,7 @@ def divide(plan: TrainingPlan, train_part: Collection, val_part: Collection) -> 
         train_part: Usable images of train.
         val_part: Usable images of val; may be empty.
     """
-    if plan.recipe.head_init != "probe":
+    if plan.recipe.head_init == "random":  # there is nothing to compare with
         return Parts(train_part, val_part, None)
     if not plan.select_fraction:
         return Parts(train_part, val_part, val_part if val_part.samples else None)
@@ -134,6 +135,7 @@ def train_backbone(
     """
     extractor, recipe, workers = plan.extractor, plan.recipe, config.num_workers
     parts = divide(plan, train_part, val_part)
+    first = load_weights(plan.continued, extractor.backbone.model) if plan.continued else None
     freeze_parameters(extractor.cut)
     suffix = extractor.cut.suffix.to(extractor.device)
     train_inputs = _inputs(plan, parts.train, plan.num_views)
@@ -144,20 +146,23 @@ def train_backbone(
         probe = _fit_probe(config, features, parts.train, progress)
     network = make_network(
         suffix.to("cpu"), extractor.backbone.num_features, len(train_part.dataset.class_names), config,
-        dropout=recipe.dropout, start=probe.head if probe else None, full=plan.scenario != "freeze",
+        dropout=recipe.dropout, start=probe.head if probe else first, full=plan.scenario != "freeze",
     )  # fmt: skip
     measured = _Measured(plan, network, parts, val_inputs, workers)
-    before = measured.logits() if probe else None
-    start = {name: value.clone() for name, value in network.state_dict().items()} if probe else {}
-    row = [] if before is None or before.val is None else [_epoch_zero(before.val, labels_of(val_part))]
+    before = measured.logits() if recipe.head_init != "random" else None
+    start = {name: value.clone() for name, value in network.state_dict().items()} if before else {}
+    row = []
+    if probe and before and before.val is not None:
+        row = [_epoch_zero(before.val, labels_of(val_part))]
     setting = _setting(plan, config, writer, progress, row)
     val = Samples(val_inputs, labels_of(val_part)) if val_inputs is not None else None
-    trained = train(network, recipe, Samples(train_inputs, labels_of(parts.train)), val, setting)
+    data = Samples(train_inputs, labels_of(parts.train))
+    trained = train(network, recipe, data, val, setting, plan.continued)
     after = measured.logits()
     _check_finite(after, trained)
     publication = _publication(plan, parts, before, after)
     published = after
-    if publication.published == "probe" and before is not None:
+    if publication.published != "trained" and before is not None:
         network.load_state_dict(start)
         published = before
     return TrainedBackbone(
@@ -229,11 +234,12 @@ def _publication(plan: TrainingPlan, parts: Parts, before: _Logits | None, after
             )
         return Publication("trained", plan.insist)
     labels = labels_of(parts.chooses)
-    found = publish(
-        [candidate("probe", before.chooses, labels), candidate("trained", after.chooses, labels)],
-        selected_on=parts.selected_on, insist=plan.insist,
-        balanced="balanced" in (recipe.class_weights, recipe.sampling),
+    first: Name = "earlier" if plan.continued else "probe"
+    comparison = Comparison(
+        candidate(first, before.chooses, labels), candidate("trained", after.chooses, labels),
+        parts.selected_on, balanced="balanced" in (recipe.class_weights, recipe.sampling),
     )  # fmt: skip
+    found = publish(comparison, insist=plan.insist)
     logger.info("%s", found.sentence())
     for _code, text in found.warnings():
         logger.warning("%s", text)

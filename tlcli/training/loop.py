@@ -15,6 +15,7 @@ from torch.nn import functional
 from tlcli.errors import Interrupted, UsageError
 from tlcli.machine import interrupts, processes
 from tlcli.training import rate_search
+from tlcli.training.continued import Continued
 from tlcli.training.inputs import PLAIN, Inputs, generator, loading
 from tlcli.training.network import Network, fp32_where_bf16_is_slow, holding
 from tlcli.training.recipe import Recipe
@@ -62,7 +63,14 @@ class Trained:
     seconds: float
 
 
-def train(network: Network, recipe: Recipe, data: Samples, val: Samples | None, setting: Setting) -> Trained:
+def train(
+    network: Network,
+    recipe: Recipe,
+    data: Samples,
+    val: Samples | None,
+    setting: Setting,
+    continued: Continued | None = None,
+) -> Trained:
     """Train a network in place; it ends on the CPU, in eval mode.
 
     Args:
@@ -71,13 +79,14 @@ def train(network: Network, recipe: Recipe, data: Samples, val: Samples | None, 
         data: Training samples.
         val: Measured after every epoch; needed where the recipe selects on it.
         setting: Where.
+        continued: The finished run whose weights the network has: epochs and steps are numbered on from it.
 
     Raises:
         UsageError: An optimiser is not there, the loss is not finite, or a checkpoint is of another recipe.
         Interrupted: A signal came (machine/interrupts.py); the state is saved.
     """
     started = time.perf_counter()
-    loop = _Loop(network, recipe, data, val, setting)
+    loop = _Loop(network, recipe, data, val, setting, continued)
     on_slow_bf16 = setting.device.type == "cpu" and setting.amp == "bf16"
     try:
         with (
@@ -89,8 +98,8 @@ def train(network: Network, recipe: Recipe, data: Samples, val: Samples | None, 
         loop.stepper.close()
     counters, selection = loop.counters, loop.selection
     return Trained(
-        counters.history, counters.step, counters.lr, selection.best_epoch if recipe.patience else None,
-        time.perf_counter() - started,
+        counters.history, loop.first_step + counters.step, counters.lr,
+        selection.best_epoch if recipe.patience else None, time.perf_counter() - started,
     )  # fmt: skip
 
 
@@ -128,7 +137,13 @@ class _Loop:
     """A training between two steps: epochs, what is measured after them, checkpoints."""
 
     def __init__(
-        self, network: Network, recipe: Recipe, data: Samples, val: Samples | None, setting: Setting
+        self,
+        network: Network,
+        recipe: Recipe,
+        data: Samples,
+        val: Samples | None,
+        setting: Setting,
+        continued: Continued | None,
     ) -> None:
         self.network, self.recipe, self.data, self.val, self.setting = network, recipe, data, val, setting
         self.rank, self.world = processes.rank(), processes.world_size()
@@ -140,8 +155,12 @@ class _Loop:
             )
         self.steps_per_epoch = max(1, len(data.labels) // self.batch_size)
         self.stepper = Stepper(network, recipe, data.labels, setting)
-        self.selection = Selection(recipe)
-        self.counters = Counters(lr=recipe.lr or 0.0)
+        # Counters, schedule and checkpoints are of this training alone; what is told, and what is drawn by
+        # chance, goes on from the epochs before.
+        self.first_epoch, self.first_step = (continued.epochs, continued.steps) if continued else (0, 0)
+        self.selection = Selection(recipe, best_epoch=self.first_epoch)
+        history = list(continued.history) if continued else []
+        self.counters = Counters(lr=recipe.lr or 0.0, history=history)
         self.state = State(self.counters, self.stepper, self.selection, len(data.labels))
         self.saved_at = time.monotonic()
 
@@ -154,14 +173,15 @@ class _Loop:
         recipe, counters, progress = self.recipe, self.counters, self.setting.progress
         if self.setting.checkpoints and self.state.restore(self.setting.checkpoints):
             logger.info(
-                "resumed at step %d, epoch %d of %d", counters.step, counters.epoch + 1, recipe.epochs
+                "resumed at step %d, epoch %d of %d",
+                *(self.first_step + counters.step, self.epoch + 1, self.first_epoch + recipe.epochs),
             )
         if not counters.lr:
             counters.lr = self._find_rate()
             logger.info("learning rate %.2g, found by short trainings", counters.lr)
         progress.start("training", recipe.epochs * self.steps_per_epoch * self.batch_size)
         progress.advance(counters.step * self.batch_size)
-        while counters.epoch < recipe.epochs and not self.selection.is_over(counters.epoch):
+        while counters.epoch < recipe.epochs and not self.selection.is_over(self.epoch):
             started = time.perf_counter()
             self._train_epoch(stop_signal)
             self._end_epoch(time.perf_counter() - started)
@@ -197,11 +217,12 @@ class _Loop:
             train_norm=recipe.norm == "train" and (recipe.head_init != "probe" or counters.epoch > 0)
         )
         done = counters.step - counters.epoch * self.steps_per_epoch
-        batches = self._batches(counters.epoch)[done:]
-        with loading(inputs, batches, counters.epoch, workers=self.setting.workers) as stream:
+        batches = self._batches(self.epoch)[done:]
+        with loading(inputs, batches, self.epoch, workers=self.setting.workers) as stream:
             for batch, loaded in zip(batches, stream, strict=True):
                 labels = self.data.labels[batch].to(stepper.device)
-                stepper.step(inputs.finish(loaded), labels, self.rate(), counters.step, whole=self.batch_size)
+                number = self.first_step + counters.step
+                stepper.step(inputs.finish(loaded), labels, self.rate(), number, whole=self.batch_size)
                 counters.step += 1
                 self.setting.progress.advance(self.batch_size)
                 if stepper.is_due():
@@ -212,7 +233,7 @@ class _Loop:
 
     def _running(self) -> str:
         loss, correct, count = self.stepper.sums.tolist()
-        return f"epoch {self.counters.epoch + 1}  loss {loss / count:.3f}  accuracy {correct / count:.3f}"
+        return f"epoch {self.epoch + 1}  loss {loss / count:.3f}  accuracy {correct / count:.3f}"
 
     def _save_or_stop(self, signal_number: int | None) -> None:
         """Save when it is time to, or when the process is asked to stop.
@@ -259,6 +280,11 @@ class _Loop:
             for step in range(max(1, count // size))
         ]
 
+    @property
+    def epoch(self) -> int:
+        """Return the epochs done, those before included."""
+        return self.first_epoch + self.counters.epoch
+
     def rate(self) -> float:
         """Return the learning rate of the present step."""
         share = rate_factor(self.recipe, self.counters.step, self.steps_per_epoch)
@@ -272,8 +298,9 @@ class _Loop:
             sums = torch.stack(processes.gather_objects(sums)).sum(0)
         loss, correct, count = sums.tolist()
         row: dict[str, Any] = {
-            "kind": "epoch", "epoch": counters.epoch + 1, "step": counters.step, "lr": self.rate(),
-            "train_loss": loss / count, "train_accuracy": correct / count,
+            "kind": "epoch", "epoch": self.epoch + 1, "step": self.first_step + counters.step,
+            "lr": self.rate(), "train_loss": loss / count,
+            "train_accuracy": correct / count,
         }  # fmt: skip
         if self.val is not None:
             row |= self._measure(self.val)
@@ -285,9 +312,9 @@ class _Loop:
         counters.epoch += 1
         if self.rank == 0:
             self.setting.on_epoch(counters.history)
-            logger.info("%s", _summary(row, self.recipe.epochs))
+            logger.info("%s", _summary(row, self.first_epoch + self.recipe.epochs))
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
-        stepper.accelerator.log(numbers, step=counters.step)
+        stepper.accelerator.log(numbers, step=row["step"])
 
     def _measure(self, val: Samples) -> dict[str, float]:
         average = self.stepper.average

@@ -10,6 +10,7 @@ import importlib.util
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from tlcli.features.plan import FeaturePlan, make_extractor, plan_features
 from tlcli.features.views import Views
 from tlcli.machine import processes
 from tlcli.machine.device import fast_bf16
+from tlcli.training.continued import Continued, continued_from
 from tlcli.training.optimizer import check_optimizer
 from tlcli.training.recipe import Recipe, head_init, resolve
 
@@ -62,6 +64,7 @@ class TrainingPlan:
             trained network; 0 where val chooses, or nothing is chosen.
         insist: Whether the trained network is published whatever it is worth.
         notes: What people should know beforehand.
+        continued: The finished run that is trained on; None where training begins anew.
     """
 
     recipe: Recipe
@@ -75,6 +78,7 @@ class TrainingPlan:
     select_fraction: float
     insist: bool
     notes: tuple[str, ...]
+    continued: Continued | None = None
 
     @property
     def scenario(self) -> Scenario:
@@ -90,7 +94,8 @@ class TrainingPlan:
         """Return the plan for people."""
         frozen = self.extractor.cut.num_frozen_units
         views = "a new view every epoch" if self.num_views is None else f"{self.num_views} views of an image"
-        result = {
+        result = {} if self.continued is None else {"continues": self.continued.summary()}
+        result |= {
             "trains": f"units {frozen + 1} to {self.num_units} of {self.num_units} and the head, "
             + ("in fp32" if self.compute.amp == "none" else f"mixed precision {self.compute.amp}"),
             "recipe": self.recipe.summary(),
@@ -113,6 +118,7 @@ class TrainingPlan:
             "num_frozen_units": self.extractor.cut.num_frozen_units,
             "num_units": self.num_units,
             "amp": self.compute.amp,
+            **({} if self.continued is None else {"continued": self.continued.document()}),
         }
 
 
@@ -131,7 +137,8 @@ def plan_training(
     Args:
         config: With a scenario other than feature-extraction.
         collection: Images of train and val.
-        continued: run.json of the run that is continued: what was measured for it holds.
+        continued: run.json of the run that is continued: what was measured for it holds. From a finished run
+            training goes on to `config.epochs`.
         dry_run: Nothing is written, and what a trial would decide stays undecided.
 
     Raises:
@@ -140,6 +147,7 @@ def plan_training(
         StorageError: The rows would not fit.
     """
     scenario = config.resolved_scenario()
+    earlier_run = continued_from(Path(config.output or ""), continued, config.epochs)
     backbone = load_trainable(config, scenario)
     num_units = len(units(backbone.model))
     frozen, notes = _frozen_units(config, num_units) if scenario == "freeze" else (0, ())
@@ -148,10 +156,7 @@ def plan_training(
     policy = resolve_policy(config, num_train)
     config = dataclasses.replace(config, freeze=str(frozen), scenario=scenario)
     num_views = 1 if policy.is_none else config.views or (DEFAULT_VIEWS if scenario == "freeze" else None)
-    norms = any(isinstance(module, BATCH_NORMS) for module in backbone.model.modules())
-    recipe = resolve(
-        config, num_train=num_train, has_batch_norm=norms, num_processes=processes.world_size()
-    )  # fmt: skip
+    recipe = _recipe(config, num_train, backbone, earlier_run)
     features, decision = None, None
     made_views = None if policy.is_none else Views(policy, config.view_seed)
     extractor = make_extractor(backbone, config, views=made_views)
@@ -177,8 +182,23 @@ def plan_training(
     notes += (compute.note,) if compute.note else ()
     return TrainingPlan(
         recipe, policy, num_views, extractor, features, decision, compute, num_units, select_fraction,
-        config.publish == "trained", notes,
+        config.publish == "trained", notes, earlier_run,
     )  # fmt: skip
+
+
+def _recipe(
+    config: FinetuneConfig, num_train: int, backbone: Backbone, earlier_run: Continued | None
+) -> Recipe:
+    """Return the recipe; of a run that goes on, that of the epochs which are left."""
+    if earlier_run is not None:
+        config = dataclasses.replace(config, epochs=earlier_run.upto - earlier_run.epochs)
+    recipe = resolve(
+        config,
+        num_train=num_train,
+        has_batch_norm=any(isinstance(module, BATCH_NORMS) for module in backbone.model.modules()),
+        num_processes=processes.world_size(),
+    )
+    return recipe if earlier_run is None else dataclasses.replace(recipe, head_init="run")
 
 
 def _compute(config: FinetuneConfig, extractor: Extractor) -> Compute:

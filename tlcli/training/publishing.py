@@ -4,7 +4,6 @@ A training can end below its own starting point: too short, too fast, too few im
 and a candidate, and the better of the two on images that neither has seen is published.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +13,8 @@ from torch.nn import functional
 
 from tlcli.metrics.intervals import Interval, paired_interval
 
-Name = Literal["probe", "trained"]
+Name = Literal["probe", "trained", "earlier"]
+WORDS = {"probe": "the linear probe it started from", "earlier": "the run it went on from"}
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Candidate:
     """A network that could be published, on the images that choose.
 
     Attributes:
-        name: probe or trained.
+        name: probe, earlier (the finished run that went on) or trained.
         top1_accuracy: Share of images that it names rightly.
         balanced_accuracy: Mean of that share over the classes that have images.
         log_loss: Mean negative log probability of the right class, in nats.
@@ -44,81 +44,114 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Two networks on the same images.
+
+    Attributes:
+        start: What training started from.
+        trained: What came of it.
+        selected_on: Split of the images.
+        balanced: Whether balanced accuracy decides, as where classes weigh the same in training.
+    """
+
+    start: Candidate
+    trained: Candidate
+    selected_on: Literal["train", "val"]
+    balanced: bool = False
+
+    @property
+    def won(self) -> bool:
+        """Return whether training made it better; of two equally accurate ones the log loss decides."""
+        return self._merit(self.trained) > self._merit(self.start)
+
+    @property
+    def gain(self) -> float:
+        """Return the accuracy of the trained network minus that of the start."""
+        return self.trained.top1_accuracy - self.start.top1_accuracy
+
+    @property
+    def interval(self) -> Interval:
+        """Return the paired 95 % interval of `gain`."""
+        start, trained = self.start.right, self.trained.right
+        return paired_interval(int((trained & ~start).sum()), int((start & ~trained).sum()), len(start))
+
+    def _merit(self, found: Candidate) -> tuple[float, float]:
+        return found.balanced_accuracy if self.balanced else found.top1_accuracy, -found.log_loss
+
+    def figures(self) -> str:
+        """Return both accuracies for people."""
+        images = "val images" if self.selected_on == "val" else "training images held out"
+        kind, (after, _), (before, _) = (
+            "balanced accuracy" if self.balanced else "accuracy",
+            self._merit(self.trained),
+            self._merit(self.start),
+        )
+        return (
+            f"{kind} {after:.3f}, and {before:.3f} of {WORDS[self.start.name]}, on {len(self.start.right)} "
+            f"{images}"
+        )
+
+
+@dataclass(frozen=True)
 class Publication:
     """What is published, and how it was chosen.
 
     Attributes:
         published: Name of the network in the run.
         insisted: Whether --publish decided.
-        selected_on: Split whose images chose: val or train; None when nothing was chosen.
-        candidates: Probe and trained network; empty when there was nothing to compare.
+        comparison: The networks it was chosen of; None when there was nothing to compare.
     """
 
     published: Name
     insisted: bool = False
-    selected_on: Literal["train", "val"] | None = None
-    candidates: tuple[Candidate, ...] = ()
+    comparison: Comparison | None = None
 
     @property
-    def gain(self) -> float | None:
-        """Return accuracy of the trained network minus the probe's; None without both."""
-        if not self.candidates:
-            return None
-        probe, trained = self.candidates
-        return trained.top1_accuracy - probe.top1_accuracy
-
-    @property
-    def interval(self) -> Interval | None:
-        """Return the paired 95 % interval of `gain`."""
-        if not self.candidates:
-            return None
-        probe, trained = (candidate.right for candidate in self.candidates)
-        return paired_interval(int((trained & ~probe).sum()), int((probe & ~trained).sum()), len(probe))
+    def selected_on(self) -> Literal["train", "val"] | None:
+        """Return the split whose images chose; None when nothing was chosen."""
+        return None if self.comparison is None or self.insisted else self.comparison.selected_on
 
     def document(self) -> dict[str, Any]:
         """Return the choice for run.json."""
-        interval = self.interval
+        found = self.comparison
         return {
             "published": self.published,
             "sentence": self.sentence(),
             "insisted": self.insisted,
             "selected_on": self.selected_on,
-            "num_images": len(self.candidates[0].right) if self.candidates else 0,
-            "candidates": [candidate.document() for candidate in self.candidates],
-            "gain": self.gain,
-            "gain_interval": None if interval is None else interval.document(),
+            "num_images": len(found.start.right) if found else 0,
+            "candidates": [found.start.document(), found.trained.document()] if found else [],
+            "gain": found.gain if found else None,
+            "gain_interval": found.interval.document() if found else None,
         }
 
     def sentence(self) -> str:
         """Return in one sentence what came of the training; empty when there is nothing to compare."""
-        if not self.candidates or self.interval is None:
+        found = self.comparison
+        if found is None:
             return ""
-        probe, trained = self.candidates
-        images = "val images" if self.selected_on != "train" else "training images held out"
-        figures = (
-            f"accuracy {trained.top1_accuracy:.3f}, and {probe.top1_accuracy:.3f} of the linear probe it "
-            f"started from, on {len(probe.right)} {images}"
-        )
-        if self.published == "probe":
-            return f"training lost: {figures}; the probe is published"
-        if self.insisted and trained.top1_accuracy < probe.top1_accuracy:
-            return f"training lost: {figures}; the trained network is published (--publish trained)"
-        return f"training won: {figures}"
+        if found.won:
+            return f"training won: {found.figures()}"
+        published = {
+            "probe": "the probe is published", "earlier": "the run stays as it was",
+            "trained": "the trained network is published (--publish trained)",
+        }[self.published]  # fmt: skip
+        return f"training lost: {found.figures()}; {published}"
 
     def warnings(self) -> list[tuple[str, str]]:
         """Return (code, message) of what the user should know about the choice."""
-        if not self.candidates or self.interval is None:
+        found = self.comparison
+        if found is None:
             return []
-        retry = "Try a lower --lr, more --epochs or a larger --freeze."
-        probe, trained = self.candidates
         text = self.sentence().capitalize()
-        if self.published == "probe" or trained.top1_accuracy < probe.top1_accuracy:
-            return [("below_probe", f"{text}. {retry}")]
-        if self.interval.low <= 0:
-            low, high = self.interval.low, self.interval.high
+        if not found.won:
+            code = "below_earlier" if found.start.name == "earlier" else "below_probe"
+            return [(code, f"{text}. Try a lower --lr, more --epochs or a larger --freeze.")]
+        if found.interval.low <= 0 and found.start.name == "probe" and not found.balanced:
+            low, high = found.interval.low, found.interval.high
             return [(
                 "not_better_than_probe",
-                f"{text}. A gain of {100 * (self.gain or 0):.1f} points (95 % interval {100 * low:.1f} to "
+                f"{text}. A gain of {100 * found.gain:.1f} points (95 % interval {100 * low:.1f} to "
                 f"{100 * high:.1f}) may be chance: --freeze all may do as well, and more val images would "
                 "tell.",
             )]  # fmt: skip
@@ -141,26 +174,15 @@ def candidate(name: Name, logits: Tensor, labels: Tensor) -> Candidate:
     )  # fmt: skip
 
 
-def publish(
-    candidates: Sequence[Candidate], *, selected_on: Literal["train", "val"], insist: bool, balanced: bool
-) -> Publication:
-    """Return the choice between the probe and the trained network.
-
-    The more accurate one wins; of two equally accurate ones the one with the smaller log loss.
+def publish(comparison: Comparison, *, insist: bool) -> Publication:
+    """Return the choice between what training started from and what came of it.
 
     Args:
-        candidates: Probe and trained network, on the same images.
-        selected_on: Split of these images.
+        comparison: Both, on the same images.
         insist: Publish the trained network whatever it is worth.
-        balanced: Compare by balanced accuracy, as a training in which classes weigh the same is meant to.
     """
-    probe, trained = candidates
-
-    def merit(found: Candidate) -> tuple[float, float]:
-        return found.balanced_accuracy if balanced else found.top1_accuracy, -found.log_loss
-
-    best: Name = "trained" if insist or merit(trained) > merit(probe) else "probe"
-    return Publication(best, insist, None if insist else selected_on, (probe, trained))
+    best: Name = "trained" if insist or comparison.won else comparison.start.name
+    return Publication(best, insist, comparison)
 
 
 def held_out(labels: Tensor, groups: Tensor, share: float, seed: int) -> Tensor:

@@ -43,7 +43,7 @@ class Recipe:
         usual_lr: The rule's rate for a training of many steps, where the search for a rate begins.
         norm: Whether BatchNorm of trained units follows the data.
         norm_reason: Why.
-        head_init: Whether training starts from the linear probe (LP-FT) or a random head.
+        head_init: Training starts from the linear probe (LP-FT), a random head, or the run that goes on.
         select_on_val: Whether an epoch or a rate is chosen by looking at val.
     """
 
@@ -77,7 +77,7 @@ class Recipe:
     drop_path: float
     norm: Literal["frozen", "train"]
     norm_reason: str
-    head_init: Literal["probe", "random"]
+    head_init: Literal["probe", "random", "run"]
     aux_weight: float
     patience: int | None
     seed: int
@@ -94,7 +94,9 @@ class Recipe:
     def summary(self) -> str:
         """Return the recipe in one line, for people."""
         rate = "learning rate by short trainings" if self.lr is None else f"learning rate {self.lr:.2g}"
-        start = "from the linear probe" if self.head_init == "probe" else "from a random head"
+        start = {
+            "probe": "from the linear probe", "random": "from a random head", "run": "from the run's weights",
+        }[self.head_init]  # fmt: skip
         parts = [
             f"{self.epochs} epochs of batch {self.batch_size}, {self.opt}, {rate}, {self.sched}",
             f"layer decay {self.layer_decay:g}" if self.layer_decay < 1 else "",
