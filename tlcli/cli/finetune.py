@@ -6,6 +6,7 @@ from typing import Any
 from tlcli.cli.options import command
 from tlcli.cli.output import Output, table
 from tlcli.config.commands import FinetuneConfig
+from tlcli.wording import counted
 
 
 @command(
@@ -77,7 +78,9 @@ def _rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         if publication["sentence"]:
             rows.append(("published", _PUBLISHED[publication["published"]]))
             rows.append(("compared", publication["sentence"]))
-        rows.append(("trained", f"{training['epochs']} epochs, {training['steps']} steps"))
+        rows.append(
+            ("trained", f"{counted(training['epochs'], 'epoch')}, {counted(training['steps'], 'step')}")
+        )
         if continued := document.get("continued"):
             rows.append(("continued", f"after epoch {continued['after_epoch']}, with a new schedule"))
         if training["selected_on"]:

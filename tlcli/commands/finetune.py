@@ -31,7 +31,7 @@ from tlcli.features.plan import (
     plan_features,
     read_rows,
 )
-from tlcli.heads.fit import FittedHead, fit_head
+from tlcli.heads.fit import FittedHead, fit_head, num_heads
 from tlcli.machine import processes
 from tlcli.machine.versions import versions
 from tlcli.metrics.evaluation import STORED_MISTAKES, Evaluation, headline, measure
@@ -94,18 +94,32 @@ class FinetunePlan:
         facts = {"scenario": self.scenario}
         if self.features is not None:
             facts |= self.features.summary()
+            if self.scenario in ("full", "scratch"):  # the rows are those of the probe: no unit stays frozen
+                facts |= {
+                    "backbone": self.extractor.backbone.name,
+                    "computes on": self.extractor.device_reason,
+                }
+                rows = f"{facts.pop('features')}; {self.features.store.extractor.dtype_reason}"
+                facts["probe"] = f"a linear head on the features of the network before training, {rows}"
         else:
             counts = ", ".join(f"{n:,} {name}" for name, n in self.collection.num_images().items() if n)
             facts["images"] = f"{counts} in {len(self.collection.dataset.class_names)} classes"
             facts["backbone"] = self.extractor.backbone.name
-            facts["computes on"] = f"{self.extractor.device} ({self.extractor.device_choice.reason})"
+            facts["computes on"] = self.extractor.device_reason
         if self.training is not None:
             facts |= self.training.summary()
         else:
-            hidden = self.config.hidden_sizes
-            head = f"mlp {' x '.join(map(str, hidden))}" if hidden else "linear, 48 in one job"
-            facts["heads"] = f"{head}, chosen by {self.config.folds}-fold cross-validation inside train"
+            facts["heads"] = self._heads()
         return {**facts, "run": str(self.run_dir)}
+
+    def _heads(self) -> str:
+        """Return which heads are tried, and how one is chosen."""
+        config = self.config
+        kind = f"mlp {' x '.join(map(str, config.hidden_sizes))}" if config.hidden_sizes else "linear"
+        folds = f"cross-validation of up to {config.folds} folds inside train"
+        count = num_heads(config)
+        how = "measured" if count == 1 else f"at most {count} in one job, chosen"
+        return f"{kind}, {how} by {folds}"
 
     def document(self) -> dict[str, Any]:
         """Return the plan for machines."""

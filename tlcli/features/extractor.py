@@ -114,9 +114,14 @@ class Extractor:
         self.batch_size = max(1, min(MAX_CPU_BATCH, on_cpu)) if self.device.type == "cpu" else GPU_BATCH
 
     @property
+    def device_reason(self) -> str:
+        """Return the device with why it was taken."""
+        return f"{self.device} ({self.device_choice.reason})"
+
+    @property
     def reason(self) -> str:
         """Return the device and compute type with why they were taken."""
-        return f"{self.device} ({self.device_choice.reason}); {self.dtype_reason}"
+        return f"{self.device_reason}; {self.dtype_reason}"
 
     @property
     def dtype_reason(self) -> str:

@@ -29,7 +29,7 @@ from tlcli.features.views import Views
 from tlcli.machine import processes
 from tlcli.progress import Progress, Silent
 from tlcli.warned import warn
-from tlcli.wording import size_text
+from tlcli.wording import counted, size_text
 
 _COUNTING = threading.Lock()  # for counts that several threads correct
 TRIAL_ROWS = 64  # fewer missing rows are not worth a trial to predict their time
@@ -79,6 +79,7 @@ class FeaturePlan:
         saved = extractor.cut.saved
         cut = saved_text(saved, extractor.cut.num_frozen_units) if saved else None
         policy = extractor.views.policy if extractor.views else None
+        frozen = counted(extractor.cut.num_frozen_units, "unit")
         views = {}
         if policy and self.num_views > 1:
             kind = f"{policy.name}: {policy.describe()}; {policy.reason}"
@@ -87,7 +88,7 @@ class FeaturePlan:
             "images": ", ".join(f"{count:,} {split}" for split, count in counts.items() if count)
             + f" in {len(self.collection.dataset.class_names)} classes"
             + f" ({size_text(self.collection.num_bytes)})",
-            "backbone": f"{extractor.backbone.name}, {extractor.cut.num_frozen_units} units frozen",
+            "backbone": f"{extractor.backbone.name}, {frozen} frozen",
             **({"cut": cut} if cut else {}),
             **views,
             "features": rows,

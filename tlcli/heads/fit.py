@@ -88,6 +88,14 @@ class Task:
         return len(self.targets)
 
 
+def num_heads(options: HeadOptions) -> int:
+    """Return how many heads the grid of `options` has; large data is tried with fewer."""
+    if options.hidden_sizes:
+        settings = options.mlp_grid()
+        return len(settings.lr) * len(options.l2_values or AUTO_L2_MLP) * len(settings.dropout)
+    return len(options.l2_values or AUTO_L2) * len(options.scalings)
+
+
 def fit_head(
     features: Tensor,
     labels: Tensor,

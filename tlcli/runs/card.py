@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tlcli.config.fields import long_name
-from tlcli.wording import printable
+from tlcli.wording import counted, printable
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
@@ -56,7 +56,7 @@ def _training_line(facts: Mapping[str, Any]) -> list[str]:
     count = facts["backbone"].get("num_frozen_units")
     augmentation = recipe.get("augmentation") or {}
     rate = training.get("lr") or recipe.get("lr")
-    epochs = f"{training['epochs']} epochs"
+    epochs = counted(training["epochs"], "epoch")
     if continued := facts.get("continued"):
         epochs += f" (continued after epoch {continued['after_epoch']} with a new schedule)"
     if training.get("best_epoch"):

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_VIEWS = 4
 SELECT_FRACTION = 0.2  # of train, without val; as --val-fraction
+NO_NORM = "the trained units hold no BatchNorm"
 DEFAULT_SHARE = 2 / 3  # of the units, that --scenario freeze freezes without a number
 
 
@@ -94,14 +95,18 @@ class TrainingPlan:
         """Return the plan for people."""
         frozen = self.extractor.cut.num_frozen_units
         views = "a new view every epoch" if self.num_views is None else f"{self.num_views} views of an image"
+        units = f"unit{'s' * (frozen + 1 < self.num_units)} {frozen + 1}"
+        if frozen + 1 < self.num_units:
+            units += f" to {self.num_units}"
         result = {} if self.continued is None else {"continues": self.continued.summary()}
         result |= {
-            "trains": f"units {frozen + 1} to {self.num_units} of {self.num_units} and the head, "
+            "trains": f"{units} of {self.num_units} and the head, "
             + ("in fp32" if self.compute.amp == "none" else f"mixed precision {self.compute.amp}"),
             "recipe": self.recipe.summary(),
             "augmentation": "none",
-            "BatchNorm": f"{self.recipe.norm} in trained units: {self.recipe.norm_reason}",
         }
+        if self.recipe.norm_reason != NO_NORM:
+            result["BatchNorm"] = f"{self.recipe.norm} in trained units: {self.recipe.norm_reason}"
         if not self.policy.is_none:
             result["augmentation"] = f"{self.policy.describe()}; {views}"
         if self.caching is not None:
@@ -180,6 +185,8 @@ def plan_training(
         whole = from_options(FeatureOptions, {**to_options(config), "freeze": "all"})
         features = _plan_features(config, collection, make_extractor(backbone, whole), 1)
     notes += (compute.note,) if compute.note else ()
+    if not _trains_batch_norm(extractor):
+        recipe, notes = _without_norm(config, recipe, notes)
     return TrainingPlan(
         recipe, policy, num_views, extractor, features, decision, compute, num_units, select_fraction,
         config.publish == "trained", notes, earlier_run,
@@ -199,6 +206,22 @@ def _recipe(
         num_processes=processes.world_size(),
     )
     return recipe if earlier_run is None else dataclasses.replace(recipe, head_init="run")
+
+
+def _trains_batch_norm(extractor: Extractor) -> bool:
+    """Return whether a trained unit holds batch normalisation."""
+    trained = set(map(id, extractor.cut.trained_parameters()))
+    norms = (module for module in extractor.cut.suffix.modules() if isinstance(module, BATCH_NORMS))
+    return any(id(value) in trained for norm in norms for value in norm.parameters())
+
+
+def _without_norm(
+    config: FinetuneConfig, recipe: Recipe, notes: tuple[str, ...]
+) -> tuple[Recipe, tuple[str, ...]]:
+    """Return a recipe, and what is noted, that say nothing of BatchNorm which is not there."""
+    if config.norm != "auto":
+        notes += (f"--norm {config.norm} changes nothing: {NO_NORM}",)
+    return dataclasses.replace(recipe, norm_reason=NO_NORM), notes
 
 
 def _compute(config: FinetuneConfig, extractor: Extractor) -> Compute:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from tlcli.config.commands import FinetuneConfig
 from tlcli.config.training import Scenario, TrainingOptions
 from tlcli.errors import UsageError
+from tlcli.wording import counted
 
 # Optimiser steps that a default training takes, by scenario, and the epochs it stays within.
 STEPS = {"freeze": 400, "full": 400, "scratch": 4_000}
@@ -98,7 +99,7 @@ class Recipe:
             "probe": "from the linear probe", "random": "from a random head", "run": "from the run's weights",
         }[self.head_init]  # fmt: skip
         parts = [
-            f"{self.epochs} epochs of batch {self.batch_size}, {self.opt}, {rate}, {self.sched}",
+            f"{counted(self.epochs, 'epoch')} of batch {self.batch_size}, {self.opt}, {rate}, {self.sched}",
             f"layer decay {self.layer_decay:g}" if self.layer_decay < 1 else "",
             f"weight decay {self.weight_decay:g}",
             f"label smoothing {self.label_smoothing:g}" if self.label_smoothing else "",
