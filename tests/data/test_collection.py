@@ -1,11 +1,17 @@
 """Scanning, hashing and splitting together."""
 
+import itertools
 import shutil
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tlcli.config.data import DataOptions
-from tlcli.data.collection import collect
+from tlcli.data.collection import Collection, collect, groups_of
+from tlcli.data.dataset import Dataset, Sample
+from tlcli.data.split import Fingerprint, assign_splits
 from tlcli.errors import DataError, UsageError
 from tlcli.progress import Silent
 
@@ -104,3 +110,31 @@ def test_missing_data(tmp_path):
         collect(DataOptions(), 1, Silent())
     with pytest.raises(DataError, match="none"):
         gather(tmp_path / "none")
+
+
+SOME = st.one_of(st.none(), st.sampled_from("uvwxyz"))
+
+
+@given(st.lists(st.tuples(SOME, SOME), min_size=1, max_size=14))
+def test_images_have_one_number_if_and_only_if_copies_and_groups_connect_them(drawn):
+    samples = tuple(
+        Sample(f"/{number}.png", f"{number}.png", number % 2, None, group)
+        for number, (group, _) in enumerate(drawn)
+    )
+    prints = [Fingerprint(content, 1, None) for _, content in drawn]
+    dataset = Dataset(Path("/"), "csv", ("a", "b"), samples, {}, ())
+    numbers = groups_of(Collection(dataset, prints, ["train"] * len(drawn), False)).tolist()
+    near = {
+        (one, other)
+        for one, other in itertools.product(range(len(drawn)), repeat=2)
+        if one == other
+        or any(a is not None and a == b for a, b in zip(drawn[one], drawn[other], strict=True))
+    }
+    for between, one, other in itertools.product(range(len(drawn)), repeat=3):  # Warshall's closure
+        if (one, between) in near and (between, other) in near:
+            near.add((one, other))
+    for one, other in itertools.product(range(len(drawn)), repeat=2):
+        assert (numbers[one] == numbers[other]) == ((one, other) in near)
+    # The split never divides what has one number.
+    splits = assign_splits(samples, prints, val_fraction=0.5, split_seed=0)
+    assert len(set(zip(numbers, splits, strict=True))) == len(set(numbers))

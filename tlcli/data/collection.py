@@ -12,7 +12,7 @@ from torch import Tensor
 from tlcli.config.data import DataOptions
 from tlcli.data.dataset import Dataset, Sample
 from tlcli.data.scan import scan
-from tlcli.data.split import Fingerprint, assign_splits, fingerprint, limit_per_class
+from tlcli.data.split import Fingerprint, assign_splits, connected, fingerprint, limit_per_class
 from tlcli.progress import Progress
 from tlcli.warned import warn
 
@@ -123,12 +123,13 @@ def labels_of(collection: Collection) -> Tensor:
 
 
 def groups_of(part: Collection) -> Tensor:
-    """Return a number a sample: equal for copies of an image and for images of one group."""
+    """Return a number a sample, int64 [N]: equal for copies of an image and for images of one group.
+
+    Groups that share an image have one number, as the split keeps them together.
+    """
     numbers: dict[str, int] = {}
-    keys = [found.sha256 or "" for found in part.fingerprints]
+    keys = connected(part.samples, part.fingerprints)
     return torch.tensor(
-        [
-            numbers.setdefault(f"group {sample.group}" if sample.group else key, len(numbers))
-            for sample, key in zip(part.samples, keys, strict=True)
-        ]
+        [numbers.setdefault(key or f"alone {index}", len(numbers)) for index, key in enumerate(keys)],
+        dtype=torch.int64,
     )

@@ -107,6 +107,32 @@ def assign_splits(
     return splits
 
 
+def connected(samples: Sequence[Sample], fingerprints: Sequence[Fingerprint]) -> list[str | None]:
+    """Return a key for every sample: equal for what must stay together, copies of an image and groups.
+
+    Groups that share an image are one. The key is the content hash, or the first of the groups' names; None
+    where there is neither content nor group.
+    """
+    parents: dict[str, str] = {}
+
+    def find(key: str) -> str:
+        while parents.setdefault(key, key) != key:
+            parents[key] = parents[parents[key]]
+            key = parents[key]
+        return key
+
+    keys = []
+    for sample, found in zip(samples, fingerprints, strict=True):
+        own = [f"group {sample.group}"] if sample.group is not None else []
+        own += [f"image {found.sha256}"] if found.sha256 is not None else []
+        if own:
+            # "group ..." sorts before "image ...", and the smaller key becomes the root: the block's key.
+            first, second = sorted((find(own[0]), find(own[-1])))
+            parents[second] = first
+        keys.append(own[0] if own else None)
+    return [None if key is None else find(key) for key in keys]
+
+
 def limit_per_class(
     samples: Sequence[Sample], fingerprints: Sequence[Fingerprint], splits: Sequence[str], n: int
 ) -> list[int]:
@@ -166,32 +192,12 @@ def _draw(block: str, seed: int) -> float:
 def _blocks(
     samples: Sequence[Sample], fingerprints: Sequence[Fingerprint], pool: Sequence[int]
 ) -> dict[str, list[int]]:
-    """Return key -> indices of what must stay together: copies of an image, and groups.
-
-    The key of a block is its content hash, or the first of its groups' names.
-    """
-    parents: dict[str, str] = {}
-
-    def find(key: str) -> str:
-        while parents.setdefault(key, key) != key:
-            parents[key] = parents[parents[key]]
-            key = parents[key]
-        return key
-
-    keys = []
-    for index in pool:
-        group, sha256 = samples[index].group, fingerprints[index].sha256
-        own = [f"group {group}"] if group is not None else []
-        own += [f"image {sha256}"] if sha256 is not None else []
-        if own:
-            # "group ..." sorts before "image ...", and the smaller key becomes the root: the block's key.
-            first, second = sorted((find(own[0]), find(own[-1])))
-            parents[second] = first
-        keys.append(own[0] if own else None)
+    """Return key -> indices of what must stay together; see `connected`."""
+    keys = connected([samples[index] for index in pool], [fingerprints[index] for index in pool])
     blocks: dict[str, list[int]] = defaultdict(list)
     for index, key in zip(pool, keys, strict=True):
         if key is not None:
-            blocks[find(key)].append(index)
+            blocks[key].append(index)
     return dict(blocks)
 
 
