@@ -47,6 +47,11 @@ CODES = {
     "no_pretraining": "training from scratch gives up what pretraining learnt",
     "head_stopped_short": "the optimiser of the chosen head stopped before it had converged",
     "checkpoint_skipped": "a damaged checkpoint is skipped",
+    "below_probe": "the trained network does worse than the linear probe it started from",
+    "below_earlier": "a run that went on does worse than before",
+    "not_better_than_probe": "the trained network's gain over its probe may be chance",
+    "nothing_selected": "there were no images to compare the trained network with its probe on",
+    "below_majority": "what is published does no better than always naming the most frequent class",
     "continued_elsewhere": "a run goes on with another device, number type or recipe; results may differ",
     "stopping": "a signal came; training stops after the present step",
     # runs

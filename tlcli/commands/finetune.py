@@ -34,7 +34,13 @@ from tlcli.features.plan import (
 from tlcli.heads.fit import FittedHead, fit_head, num_heads
 from tlcli.machine import processes
 from tlcli.machine.versions import versions
-from tlcli.metrics.evaluation import STORED_MISTAKES, Evaluation, headline, measure
+from tlcli.metrics.evaluation import (
+    STORED_MISTAKES,
+    Evaluation,
+    headline,
+    measure,
+    no_better_than_majority,
+)
 from tlcli.metrics.intervals import wilson_interval
 from tlcli.progress import Progress
 from tlcli.runs.card import model_card
@@ -284,6 +290,9 @@ def finetune(plan: FinetunePlan, progress: Progress) -> Result:
                 logits, val, names, split="val", majority_class=_majority_class(train), worst=STORED_MISTAKES
             )
             facts["metrics"] = {"val": headline(evaluation.document)}
+            balanced = "balanced" in (config.class_weights, config.sampling)
+            if warning := no_better_than_majority(evaluation.document, balanced=balanced):
+                warn("below_majority", warning)
             if processes.is_main():
                 write_evaluation(plan.run_dir, "val", evaluation)
         stored = save_model(writer, plan.extractor.backbone, head, collection.dataset.class_names)

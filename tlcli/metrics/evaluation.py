@@ -78,3 +78,23 @@ def headline(found: Mapping[str, Any]) -> dict[str, Any]:
     names = ("top1_accuracy", "interval", "num_images", "majority_baseline", "macro_f1", "log_loss",
              "expected_calibration_error")  # fmt: skip
     return {name: found[name] for name in names}
+
+
+def no_better_than_majority(found: Mapping[str, Any], *, balanced: bool) -> str | None:
+    """Return a warning where a classifier could as well name one class for every image; None otherwise.
+
+    Args:
+        found: A measurement's document: `top1_accuracy`, `majority_baseline` and, for `balanced`, `per_class`.
+        balanced: Classes weigh the same, so that the mean recall is compared with that of one class.
+    """
+    share, baseline, name = found["top1_accuracy"], found["majority_baseline"], "accuracy"
+    if balanced:
+        recalls = [item["recall"] for item in found["per_class"] if item["support"]]
+        share, baseline, name = sum(recalls) / len(recalls), 1 / len(recalls), "balanced accuracy"
+    if share > baseline or share == 1.0:
+        return None
+    return (
+        f"The {name}, {share:.3f} on {found['num_images']} images, is no better than naming one class for all "
+        f"of them ({baseline:.3f}). Look at the images with `tlcli data check`; try --freeze all, another "
+        "backbone, or --class-weights balanced where classes are uneven."
+    )

@@ -28,6 +28,7 @@ from tlcli.training.plan import TrainingPlan
 from tlcli.training.publishing import Comparison, Name, Publication, candidate, held_out, publish
 from tlcli.training.setting import Setting
 from tlcli.training.stepper import diverged
+from tlcli.warned import warn
 
 logger = logging.getLogger(__name__)
 
@@ -228,9 +229,10 @@ def _publication(plan: TrainingPlan, parts: Parts, before: _Logits | None, after
         return Publication("trained")
     if parts.chooses is None or before.chooses is None or after.chooses is None:
         if not plan.insist:
-            logger.warning(
-                "there are no images to compare the trained network with its probe on; it is published "
-                "unseen. Add val images, or more training images a class."
+            warn(
+                "nothing_selected",
+                "There are no images to compare the trained network with its probe on; it is published "
+                "unseen. Add val images, or more training images a class.",
             )
         return Publication("trained", plan.insist)
     labels = labels_of(parts.chooses)
@@ -241,8 +243,8 @@ def _publication(plan: TrainingPlan, parts: Parts, before: _Logits | None, after
     )  # fmt: skip
     found = publish(comparison, insist=plan.insist)
     logger.info("%s", found.sentence())
-    for _code, text in found.warnings():
-        logger.warning("%s", text)
+    for code, text in found.warnings():
+        warn(code, text)
     return found
 
 
