@@ -27,12 +27,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as tlcli does
 import torch
 from torch import Tensor, nn
 
-from tlcli.backbones.cut import cut_earlier, freeze_parameters
+from tlcli.backbones.cut import freeze_parameters
 from tlcli.backbones.zoo import load_backbone
 from tlcli.config.commands import ExtractConfig
 from tlcli.data.augment import resolve_policy
 from tlcli.data.collection import Collection, collect
 from tlcli.features.cache_decision import CachingDecision, decide
+from tlcli.features.earlier import rows_at
 from tlcli.features.extractor import Extractor
 from tlcli.features.plan import compute_features, make_extractor, plan_features, read_rows
 from tlcli.features.views import Views
@@ -75,9 +76,7 @@ class Side:
         policy = resolve_policy(config, collection.num_images()["train"]) if case.views > 1 else None
         views = Views(policy, config.view_seed) if policy is not None else None
         self.extractor = make_extractor(load_backbone(config), config, views=views)
-        if where not in {"cut", "recompute"}:
-            cut, backbone = cut_earlier(self.extractor.cut, where), self.extractor.backbone
-            self.extractor = make_extractor(backbone, config, cut=cut, views=views)
+        self.earlier = None if where in {"cut", "recompute"} else rows_at(self.extractor, where)
         freeze_parameters(self.extractor.cut)
         splits = collection.splits
         self.train = [index for index, split in enumerate(splits) if split == "train"]
@@ -92,13 +91,14 @@ class Side:
             samples = self.collection.samples
             source: Inputs = ImageInputs(self.extractor, samples, keys, num_views=views, seed=0)
             if self.where != "recompute":
+                kept = self.earlier.extractor if self.earlier else self.extractor
                 plan = plan_features(
-                    self.collection, self.extractor, cache="auto", workers=workers, max_bad=1.0,
+                    self.collection, kept, cache="auto", workers=workers, max_bad=1.0,
                     num_views=self.case.views,
                 )  # fmt: skip
                 compute_features(plan, Silent())
                 read = lambda places, views: read_rows(plan, self.collection.select(places), views)  # noqa: E731
-                source = RowInputs(read, keys, num_views=views, seed=0, device=device)
+                source = RowInputs(read, keys, num_views=views, seed=0, device=device, earlier=self.earlier)
             self._train(source, workers)
 
     def _train(self, source: Inputs, workers: int) -> None:

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from tlcli.backbones.backbone import state_sha256
-from tlcli.backbones.cut import cut_at, cut_earlier, cut_points, earlier_cuts, freeze_parameters
+from tlcli.backbones.cut import cut_at, cut_points, freeze_parameters
 from tlcli.backbones.units import frozen_modules, units
 from tlcli.errors import BackboneError, UsageError
 
@@ -190,9 +190,6 @@ def test_nothing_and_everything_frozen_need_no_trace():
     for cut, trained in ((everything, 0), (nothing, len(list(model.parameters())))):
         freeze_parameters(cut)
         assert sum(parameter.requires_grad for parameter in model.parameters()) == trained
-        assert earlier_cuts(cut) == []
-        with pytest.raises(BackboneError, match="no earlier place"):
-            cut_earlier(cut, "layer1")
     with pytest.raises(UsageError, match=f"{count} units"):
         cut_at(model, count + 1, (32, 32))
 
@@ -232,9 +229,6 @@ def test_the_network_is_left_as_it_was(name, size, arguments):
     before = state()
     for k in (0, 1, count // 2, count - 1, count):
         cut = cut_at(model, k, (size, size))
-        places = earlier_cuts(cut)
-        if places:
-            cut_earlier(cut, places[-1].node)
         assert state() == before, k
         if 0 < k < count:  # the parts have modes of their own
             assert not any(module.training for module in cut.prefix.train().modules())
@@ -346,64 +340,6 @@ def test_a_step_from_stored_rows_has_the_gradients_of_the_whole_network(name, si
             torch.testing.assert_close(
                 found[key], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max())
             )
-
-
-# ---- cutting earlier -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "k"), [("mobilenetv2_035", 9), ("resnet10t", 3), ("mobilenetv2_035", 1)])
-def test_earlier_cuts_give_the_same_network_and_freeze_the_same(name, k):
-    model = build(name, {})
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = model.eval()(images)
-    last = cut_at(copy.deepcopy(model), k, (32, 32))
-    trained = {key for key, _ in last.suffix.named_parameters()} - set(last.frozen_parameters)
-    sizes = [torch.Size(last.row_shape).numel()]
-    for place in earlier_cuts(last):
-        cut = cut_earlier(last, place.node)
-        assert (cut.node, cut.row_shape, cut.num_frozen_units) == (place.node, place.row_shape, k)
-        sizes.append(torch.Size(cut.row_shape).numel())
-        freeze_parameters(cut)
-        assert {key for key, p in cut.suffix.named_parameters() if p.requires_grad} == trained
-        with torch.no_grad():
-            rows = cut.prefix(images)
-            assert torch.equal(place.prefix(images), rows)
-            assert same(cut.suffix.eval()(rows), expected)
-        frozen = {key: value.clone() for key, value in cut.suffix.state_dict().items() if key not in trained}
-        names = {n for unit in units(model)[:k] for n in (*unit.parameters, *unit.buffers)}
-        cut.suffix.train()
-        (cut.suffix(rows)).square().mean().backward()
-        after = cut.suffix.state_dict()
-        assert all(torch.equal(after[key], value) for key, value in frozen.items() if key in names)
-    assert sizes == sorted(sizes, reverse=True)
-    assert len(set(sizes)) == len(sizes)
-
-
-def test_where_rows_exceed_the_image_the_image_is_an_earlier_cut():
-    model = build("mobilenetv2_035", {})
-    last = cut_at(model, 1, (32, 32))
-    assert [place.node for place in earlier_cuts(last)] == ["input"]
-    cut = cut_earlier(last, "input")
-    assert (cut.node, cut.row_shape) == ("input", (3, 32, 32))
-    assert cut.frozen_parameters == units(model)[0].parameters
-
-
-def test_a_network_may_be_cut_again_elsewhere():
-    model = build("resnet10t", {})
-    images = torch.randn(2, 3, 32, 32)
-    first = cut_at(model, 4, (32, 32))
-    with torch.no_grad():
-        expected = first.suffix(first.prefix(images))
-    again = cut_earlier(first, "input")
-    with torch.no_grad():
-        assert same(again.suffix(images), expected)
-
-
-def test_a_place_that_is_no_cut_is_refused():
-    for node in ("nowhere", "global_pool.flatten"):  # the latter lies behind what is trained
-        with pytest.raises(BackboneError, match=f"at {node}"):
-            cut_earlier(cut_at(build("resnet10t", {}), 3, (32, 32)), node)
 
 
 class Untraceable(torch.nn.Module):

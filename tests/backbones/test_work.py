@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tlcli.backbones.costs import unit_costs
-from tlcli.backbones.cut import cut_at, cut_earlier, cut_points
+from tlcli.backbones.cut import cut_at, cut_points
 from tlcli.backbones.units import units
 from tlcli.backbones.work import SavedWork, flop_counter, saved_text
 
@@ -33,13 +33,6 @@ def test_what_is_behind_the_cut_counts_as_not_saved():
     found = [cut_at(Skipping(), k, (8, 8)).saved for k in (1, 2, 3)]
     assert found == [SavedWork(1.0, 1), SavedWork(one / (one + two), 1), SavedWork(1.0, 3)]
     assert [point.saved_share for point in cut_points(Skipping(), (8, 8))] == [1, one / (one + two), 1, 1]
-
-
-def test_an_earlier_cut_saves_less():
-    cut = cut_at(Skipping(), 3, (8, 8))
-    earlier = cut_earlier(cut, "one")
-    assert earlier.saved == SavedWork(12 / (12 + 16 + 16), 1)
-    assert cut_earlier(cut, "input").saved == SavedWork(0.0, 0)
 
 
 def flops_of(part, images):

@@ -9,7 +9,6 @@ import torch
 
 from tests.tiny import tiny
 from tlcli.backbones.compute import Compute
-from tlcli.backbones.cut import cut_earlier
 from tlcli.backbones.zoo import load_backbone
 from tlcli.cache.store import Store
 from tlcli.commands.extract import plan_extract
@@ -29,6 +28,7 @@ from tlcli.features.cost_trial import (
     disk_seconds,
     measure_costs,
 )
+from tlcli.features.earlier import earlier_rows, rows_at
 from tlcli.features.extractor import Extractor
 from tlcli.features.plan import make_extractor
 from tlcli.features.views import Views
@@ -213,7 +213,7 @@ def test_rows_that_are_cached_cost_nothing_more(folder, collection):
     assert decision.costs.places[0].rows_to_compute == 0
 
 
-def test_a_place_that_cannot_be_cut_is_not_chosen(folder, collection, monkeypatch):
+def test_a_place_that_cannot_be_had_is_not_chosen(folder, collection, monkeypatch):
     extractor = made(folder)
     best = place(where="nowhere", row_bytes=1, prefix_seconds=0.0, read_seconds=0.0, write_seconds=0.0)
     monkeypatch.setattr(cache_decision, "measure_costs", lambda *_: costs(places=(AT_CUT, best)))
@@ -221,16 +221,19 @@ def test_a_place_that_cannot_be_cut_is_not_chosen(folder, collection, monkeypatc
     assert decide(extractor, collection, epochs=20, num_views=4, workers=2).where == CUT
 
 
-def test_a_place_that_is_chosen_can_be_cut(folder, collection):
+def test_a_place_that_is_chosen_can_be_had(folder, collection):
     """Where rows at the cut are larger than the images, the images are a place."""
     extractor = made(folder, backbone="mobilenetv2_035", freeze="1")
-    places = measure_costs(Trial(extractor, Compute()), collection, [range(1)] * 200, 2).places
+    earlier = earlier_rows(extractor)
+    places = measure_costs(
+        Trial(extractor, Compute()), collection, [range(1)] * 200, 2, earlier=earlier
+    ).places
     assert [item.where for item in places] == [CUT, "input"]
     assert places[1].row_bytes == 2 * 3 * 32 * 32 < places[0].row_bytes
-    cut = cut_earlier(extractor.cut, "input")
-    earlier = Extractor(extractor.backbone, cut=cut, device="cpu", dtype="fp32")
-    assert earlier.cut.row_shape == (3, 32, 32)
-    assert earlier.cut.frozen_parameters
+    found = rows_at(extractor, "input", earlier)
+    assert found.extractor.cut.row_shape == (3, 32, 32)
+    assert places[1].rest_seconds == places[0].prefix_seconds - places[1].prefix_seconds > 0
+    assert rows_at(extractor, "nowhere") is None
 
 
 def test_few_images_are_not_measured(folder, collection, monkeypatch):

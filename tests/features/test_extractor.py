@@ -26,6 +26,7 @@ from tlcli.errors import BackboneError, StorageError
 from tlcli.features.batch import to_numpy, to_tensor
 from tlcli.features.extractor import Extractor
 from tlcli.features.feature_store import FeatureStore
+from tlcli.features.plan import predicted_seconds
 from tlcli.features.views import PLAIN_VIEW
 from tlcli.machine import paths
 from tlcli.progress import Silent
@@ -375,6 +376,6 @@ def test_shards_are_safetensors_keyed_by_content(plain, samples):
 
 
 def test_the_prediction_of_time_is_positive_and_keeps_nothing(plain, samples):
-    assert plain.predicted_seconds([(sample, (PLAIN_VIEW,)) for sample in samples], 2) > 0
-    assert plain.predicted_seconds([], 2) == 0
+    assert predicted_seconds(plain, [(sample, (PLAIN_VIEW,)) for sample in samples], 2) > 0
+    assert predicted_seconds(plain, [], 2) == 0
     assert not paths.home().exists()

@@ -9,10 +9,9 @@ holds both and switches, as torchvision's feature extractor does. Frozen modules
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -65,7 +64,6 @@ class Cut:
     row_shape: tuple[int, ...]
     frozen_parameters: tuple[str, ...] = ()
     saved: SavedWork | None = None
-    division: "_Division | None" = field(default=None, repr=False)
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the units that are not frozen."""
@@ -88,21 +86,6 @@ class CutPoint:
     node: str
     row_shape: tuple[int, ...]
     saved_share: float = 1.0
-
-
-@dataclass(frozen=True)
-class EarlierCut:
-    """A place before the cut where fewer numbers cross.
-
-    Attributes:
-        node: As in Cut; what `cut_earlier` takes.
-        row_shape: As in Cut.
-        prefix: Images [B, 3, H, W] -> rows [B, *row_shape], sharing the network's modules.
-    """
-
-    node: str
-    row_shape: tuple[int, ...]
-    prefix: nn.Module
 
 
 class Frozen(nn.Sequential):
@@ -198,25 +181,6 @@ def cut_at(model: nn.Module, num_frozen_units: int, image_size: tuple[int, int])
     return _divided(model, parts, num_frozen_units, images).cut()
 
 
-def cut_earlier(cut: Cut, node: str) -> Cut:
-    """Return a cut of the same network with the same units frozen, at an earlier operation.
-
-    The frozen units after it become part of the suffix, where they stay in eval mode and are not trained.
-
-    Args:
-        cut: From `cut_at`.
-        node: Name of one of the `earlier_cuts`.
-
-    Raises:
-        BackboneError: The network cannot be divided exactly there.
-    """
-    if cut.division is None:
-        raise BackboneError(
-            f"With {cut.num_frozen_units} units frozen there is no earlier place to cut, such as {node}."
-        )
-    return cut.division.cut(node)
-
-
 def freeze_parameters(cut: Cut) -> None:
     """Let the network of a cut ask for gradients where it is trained, and nowhere else.
 
@@ -249,7 +213,7 @@ class _Traces(NamedTuple):
 
 @dataclass(frozen=True)
 class _Division:
-    """A traced network and its frozen units: cuts at several places are made of one pair of traces.
+    """A traced network and its frozen units.
 
     Attributes:
         model: The network.
@@ -258,7 +222,6 @@ class _Division:
         images: The batch that cuts are checked with, [2, 3, H, W].
         traces: With the sizes of the images as constants where that changes anything; last, as traced.
         constants: The tensors that the graphs expect on the network.
-        cuts: Those made so far, by the name asked for.
     """
 
     model: nn.Module
@@ -267,7 +230,6 @@ class _Division:
     images: torch.Tensor
     traces: list[_Traces]
     constants: dict[str, torch.Tensor]
-    cuts: dict[str | None, Cut] = field(default_factory=dict)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -285,32 +247,27 @@ class _Division:
         trained = {name for name, _ in self.model.named_parameters()} - self.frozen()
         return candidates(plain, trained)
 
-    def cut(self, wanted: str | None = None) -> Cut:
-        """Return the last exact cut, of those with the name wanted.
+    def cut(self) -> Cut:
+        """Return the last exact cut.
 
         Raises:
             BackboneError: There is none.
         """
-        if wanted not in self.cuts:
-            with self.ready():
-                found = self._exact(wanted)
-            if found is None:
-                place = f"at {wanted}" if wanted else f"after unit {self.num_frozen_units}"
-                raise BackboneError(
-                    f"{type(self.model).__name__} cannot be divided {place}: no cut is exact.",
-                    hint="Use --freeze all.",
-                )
-            self.cuts[wanted] = found
-        return self.cuts[wanted]
+        with self.ready():
+            found = self._exact()
+        if found is None:
+            raise BackboneError(
+                f"{type(self.model).__name__} cannot be divided after unit {self.num_frozen_units}: "
+                "no cut is exact.",
+                hint="Use --freeze all.",
+            )
+        return found
 
-    def _exact(self, wanted: str | None) -> Cut | None:
+    def _exact(self) -> Cut | None:
         modules, frozen = frozen_modules(self.parts, self.num_frozen_units), self.frozen()
         expected = self.model(self.images)
         one = self.model(self.images[:1]) if len(self.traces) > 1 else expected[:1]
         for node, traces in self._tries():
-            name = traces.plain.name(node)
-            if wanted not in {None, name}:
-                continue
             twin = twin_of(node, traces.plain, traces.random)
             if twin is None or (shape := row_shape(self.model, traces.plain, node, self.images)) is None:
                 continue
@@ -320,7 +277,8 @@ class _Division:
             ):
                 kept = tuple(key for key, _ in suffix.named_parameters() if key in frozen)
                 saved = self._saved(traces.plain, node)
-                return Cut(prefix, suffix.eval(), name, self.num_frozen_units, shape, kept, saved, self)
+                name = traces.plain.name(node)
+                return Cut(prefix, suffix.eval(), name, self.num_frozen_units, shape, kept, saved)
         return None
 
     def _saved(self, plain: Traced, node: fx.Node) -> SavedWork:
@@ -395,35 +353,6 @@ def cut_points(model: nn.Module, image_size: tuple[int, int]) -> list[CutPoint]:
                     result.append(CutPoint(unit.index, traced.name(node), shape, saved.share))
                     break
     return [*result, CutPoint(len(parts), "all", tuple(features.shape[1:]))]
-
-
-def earlier_cuts(cut: Cut) -> list[EarlierCut]:
-    """Return where rows would be smaller than at the cut, the latest first.
-
-    Only places that are smaller than all later ones: of two of one size the later leaves less to recompute.
-
-    Args:
-        cut: From `cut_at`; where all units are frozen or none, there is no earlier place.
-    """
-    division = cut.division
-    if division is None:
-        return []
-    model = division.model
-    result = []
-    with division.ready():
-        plain = division.traces[0].plain
-        places = division.places(plain)
-        shapes = Walk(model, plain.graph, set(places)).collect(division.images)
-        smallest: int | None = None
-        for node in reversed(places):
-            shape = shapes.get(node)
-            if shape is None or (smallest is not None and math.prod(shape) >= smallest):
-                continue
-            if smallest is not None:
-                prefix = _prefix(model, plain, node)
-                result.append(EarlierCut(plain.name(node), shape, prefix))
-            smallest = math.prod(shape)
-    return result
 
 
 # ---- dividing --------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torchvision.models import feature_extraction
 from tlcli.errors import BackboneError
 
 CONSTANT = "_tensor_constant"  # fx's name for a tensor that forward makes from no parameter
+PLACE = "tlcli_place"  # where a copied node keeps the path it came from
 
 
 class _Tracer(feature_extraction.NodePathTracer):  # type: ignore[misc]
@@ -288,6 +289,7 @@ def copy_graph(
                 copies[node] = graph.call_method("size", (first, 0))
                 continue
             copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node].meta[PLACE] = traced.names.get(node, node.name)
             if any(isinstance(value, torch.device) for value in _plain(node)):
                 with graph.inserting_before(copies[node]):
                     here = graph.call_function(getattr, (first, "device"))

@@ -15,6 +15,7 @@ from tlcli.data.image_files import BadImage
 Array = np.ndarray[Any, Any]
 Item = tuple[Sample, Sequence[int]]
 """An image and the views of it that are wanted."""
+ROWS_AT_ONCE = 64  # a thread's turn: enough that several views of a few images fill whole batches
 
 
 @dataclass
@@ -51,6 +52,24 @@ class Batch:
         if rows is not None:
             for (key, name), view, row in zip(self.keys, self.views, to_numpy(rows), strict=True):
                 yield (key, view), name, row
+
+
+def groups(items: Sequence[Item], batch_size: int) -> Iterator[list[Item]]:
+    """Divide items so that the rows of each group fill whole batches, or nearly; in order."""
+    limit = max(ROWS_AT_ONCE, batch_size)
+    group: list[Item] = []
+    count = 0
+    for sample, views in items:
+        if group and count + len(views) > limit:
+            yield group
+            group, count = [], 0
+        group.append((sample, views))
+        count += len(views)
+        if count % batch_size == 0:
+            yield group
+            group, count = [], 0
+    if group:
+        yield group
 
 
 def to_numpy(rows: Tensor) -> Array:

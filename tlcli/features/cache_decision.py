@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tlcli.backbones.compute import Compute
-from tlcli.backbones.cut import cut_earlier
 from tlcli.data.collection import Collection
-from tlcli.errors import BackboneError
 from tlcli.features.cost_trial import CUT, RECOMPUTE, CachePlace, CachingCosts, Trial, measure_costs
+from tlcli.features.earlier import EarlierRows, earlier_rows, rows_at
 from tlcli.features.extractor import Extractor
 from tlcli.features.feature_store import FeatureStore
 from tlcli.machine import processes
@@ -60,8 +59,7 @@ class CachingDecision:
     """Where the frozen work is cached.
 
     Attributes:
-        where: "cut", the name of an earlier operation for `cut_earlier`, "recompute" or
-            "undecided".
+        where: "cut", the name of an earlier operation for `rows_at`, "recompute" or "undecided".
         reason: Why, with the numbers, for people.
         options: Every way that was compared, the chosen one first; empty when nothing was measured.
         costs: What they were computed from; None when nothing was measured.
@@ -74,7 +72,7 @@ class CachingDecision:
 
     @property
     def node(self) -> str | None:
-        """Return what `cut_earlier` takes; None where nothing is cut earlier."""
+        """Return the name of an earlier operation; None where rows are not kept at one."""
         return None if self.where in {CUT, RECOMPUTE, UNDECIDED} else self.where
 
     def document(self) -> dict[str, Any]:
@@ -116,10 +114,9 @@ def cached(costs: CachingCosts, place: CachePlace) -> Option:
     loading = (images * costs.load_seconds + rows * costs.view_seconds) / costs.workers
     fill = _together(costs, loading, rows * place.prefix_seconds) + rows * place.write_seconds
     passes = costs.epochs * (costs.num_train + costs.num_val)
-    train = _together(
-        costs, passes * place.read_seconds / costs.workers, passes * place.rest_seconds + _steps(costs),
-        device_is_whole=True,
-    )  # fmt: skip
+    rest = passes * place.rest_seconds / (1 if costs.overlap else costs.workers)
+    loading = passes * place.read_seconds / costs.workers
+    train = _together(costs, loading, rest + _steps(costs), device_is_whole=True)
     new_bytes = rows * place.row_bytes
     return Option(place.where, fill, train, new_bytes, fits=new_bytes <= costs.free_bytes)
 
@@ -198,10 +195,9 @@ def decide(
         splits = collection.splits
         views = [range(num_views if split == "train" else 1) for split in splits]
         if is_measured(collection):
-            costs = measure_costs(
-                Trial(extractor, compute or Compute()), collection, views, workers, max_bytes
-            )
-            found = _possible(extractor, dataclasses.replace(costs, epochs=epochs))
+            earlier, trial = earlier_rows(extractor), Trial(extractor, compute or Compute())
+            costs = measure_costs(trial, collection, views, workers, max_bytes, earlier)
+            found = _possible(extractor, dataclasses.replace(costs, epochs=epochs), earlier)
         else:
             store = FeatureStore(extractor, max_bytes=max_bytes)
             rows = store.num_new(collection.fingerprints, views)
@@ -224,19 +220,11 @@ def _unmeasured(rows: float, num_images: int, epochs: int) -> CachingDecision:
     return CachingDecision(where, f"{name}: {num_images} images are too few to measure what is quicker")
 
 
-def _possible(extractor: Extractor, costs: CachingCosts) -> CachingDecision:
-    """Return the best way that the network can really be cut for."""
+def _possible(extractor: Extractor, costs: CachingCosts, earlier: Sequence[EarlierRows]) -> CachingDecision:
+    """Return the best way that trains on the very rows at the cut."""
     decision = choose_place(costs)
-    while decision.node is not None and not _can_be_cut(extractor, decision.node):
+    while decision.node is not None and rows_at(extractor, decision.node, earlier) is None:
         places = tuple(place for place in costs.places if place.where != decision.where)
         costs = dataclasses.replace(costs, places=places)
         decision = choose_place(costs)
     return decision
-
-
-def _can_be_cut(extractor: Extractor, node: str) -> bool:
-    try:
-        cut_earlier(extractor.cut, node)
-    except BackboneError:
-        return False
-    return True

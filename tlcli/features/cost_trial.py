@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import math
 import os
 import tempfile
 import time
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from tlcli.backbones.compute import Compute
-from tlcli.backbones.cut import earlier_cuts
 from tlcli.backbones.memory_format import in_memory_format
 from tlcli.cache.entry import Entry
 from tlcli.cache.errors import cache_errors
@@ -31,6 +29,7 @@ from tlcli.data.collection import Collection
 from tlcli.data.decode import decode
 from tlcli.data.image_files import DecodeError, read_bytes
 from tlcli.errors import DataError
+from tlcli.features.earlier import EarlierRows
 from tlcli.features.extractor import Extractor
 from tlcli.features.feature_store import FeatureStore
 from tlcli.features.views import PLAIN_VIEW
@@ -38,7 +37,6 @@ from tlcli.machine import memory
 from tlcli.machine.device import torch_threads
 from tlcli.machine.files import opened
 
-MAX_EARLIER = 3
 PAGE_CACHE_SHARE = 0.5  # of the memory that is left, for files
 TRIAL_BYTES = 16 << 20  # of rows written and read
 MIN_TRIAL_ROWS, MAX_TRIAL_ROWS = 16, 512
@@ -58,7 +56,7 @@ class CachePlace:
         row_bytes: Bytes of a row.
         rows_to_compute: Rows that are not cached yet.
         prefix_seconds: From the image to the place, when the cache is filled.
-        rest_seconds: From the place to the cut, when a batch is trained; 0 at the cut.
+        rest_seconds: From the place to the cut, when a batch is loaded; 0 at the cut.
         write_seconds: To write it durably.
         read_seconds: To read it and compare its checksum.
     """
@@ -174,9 +172,9 @@ class Trial:
         batch = [good[number % len(good)][0] for number in range(wanted)]
         return torch.stack(batch), median(item[1] for item in good), median(item[2] for item in good)
 
-    def prefix_seconds(self, images: Tensor, workers: int) -> float:
-        """Return a thread's seconds (a GPU's) for the row of an image."""
-        rows = functools.partial(self.extractor.rows, images)
+    def prefix_seconds(self, images: Tensor, workers: int, extractor: Extractor | None = None) -> float:
+        """Return a thread's seconds (a GPU's) for the row of an image, of this or a derived extractor."""
+        rows = functools.partial((extractor or self.extractor).rows, images)
         if not self.on_cpu:
             return self.seconds(rows) / len(images)
         with _threads(workers) as pool:
@@ -186,25 +184,6 @@ class Trial:
                     done.result()
 
             return self.seconds(together) / (workers * len(images))
-
-    def earlier_stages(self, images: Tensor) -> list[tuple[str, tuple[int, ...], float, float]]:
-        """Return name, row shape, share of the prefix's time, and seconds a row from there to the cut."""
-        cut = self.extractor.cut
-        if cut.node in {"all", "input"}:
-            return []
-        earlier = earlier_cuts(cut)[-MAX_EARLIER:]  # the last are the smallest
-        pixels = self.extractor.normalise(images)
-        found = []
-        with torch.no_grad(), self.precision():
-            whole = self.seconds(functools.partial(self.placed(cut.prefix), pixels)) / len(images)
-            for item in earlier:
-                part = 0.0
-                if item.node != "input":
-                    part = self.seconds(functools.partial(self.placed(item.prefix), pixels)) / len(images)
-                part = min(part, whole)
-                share = part / whole if whole else 1.0
-                found.append((item.node, item.row_shape, share, whole - part))
-        return found
 
     def step_seconds(self, images: Tensor) -> float:
         """Return the seconds a row of forward and backward pass through the trained part.
@@ -248,6 +227,7 @@ def measure_costs(
     views: Sequence[Sequence[int]],
     workers: int,
     max_bytes: int | None = None,
+    earlier: Sequence[EarlierRows] = (),
 ) -> CachingCosts:
     """Return the costs of one image and row, measured on a few images.
 
@@ -259,6 +239,7 @@ def measure_costs(
         views: The views of each that a cache would hold.
         workers: Threads.
         max_bytes: Size that the cache must not grow beyond; None is no limit.
+        earlier: Where rows could be kept before the cut.
     """
     extractor = trial.extractor
     store = FeatureStore(extractor, max_bytes=max_bytes)
@@ -267,19 +248,19 @@ def measure_costs(
     with torch_threads(1):  # as each of the threads that load has
         images, load, view = trial.load(collection, PLAIN_VIEW if num_views == 1 else 1, workers)
         prefix = trial.prefix_seconds(images, workers)
-    stages = [(CUT, extractor.cut.row_shape, 1.0, 0.0), *trial.earlier_stages(images)]
+        stages = [(CUT, extractor, prefix)]
+        for item in earlier:
+            seconds = min(prefix, trial.prefix_seconds(images, workers, item.extractor))
+            stages.append((item.where, item.extractor, seconds))
     places = []
-    for where, row_shape, share, rest in stages:
-        row_bytes = math.prod(row_shape) * (4 if extractor.row_dtype == "fp32" else 2)
-        # What another place holds already is not looked up: it takes a network cut there.
-        new = store.num_new(collection.fingerprints, views) if where == CUT else num_rows
-        spec = {**extractor.spec, "row_shape": list(row_shape)}
+    for where, kept, seconds in stages:
+        new = FeatureStore(kept, max_bytes=max_bytes).num_new(collection.fingerprints, views)
         write, read = 0.0, 0.0
         if free > 2 * TRIAL_BYTES:
-            write, read = disk_seconds(store.cache, spec, num_rows * row_bytes)
+            write, read = disk_seconds(store.cache, kept.spec, num_rows * kept.row_bytes)
         places.append(
-            CachePlace(where=where, row_bytes=row_bytes, rows_to_compute=new, prefix_seconds=share * prefix,
-                  rest_seconds=rest, write_seconds=write, read_seconds=read)
+            CachePlace(where=where, row_bytes=kept.row_bytes, rows_to_compute=new, prefix_seconds=seconds,
+                  rest_seconds=prefix - seconds, write_seconds=write, read_seconds=read)
         )  # fmt: skip
     num_train = collection.splits.count("train")
     return CachingCosts(

@@ -11,19 +11,19 @@ better than one batch over all cores: there the cores wait for the slowest, meas
 under a load of 10.)
 """
 
+import copy
+import dataclasses
 import hashlib
-import itertools
 import json
-import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tlcli.backbones import inference
 from tlcli.backbones.backbone import Backbone, state_sha256
@@ -35,7 +35,7 @@ from tlcli.data.dataset import Sample
 from tlcli.data.decode import POLICY, decode
 from tlcli.data.image_files import BadImage, DecodeError, read_bytes
 from tlcli.errors import BackboneError
-from tlcli.features.batch import Batch, Item
+from tlcli.features.batch import Batch, Item, groups
 from tlcli.features.views import PLAIN_VIEW, ViewMaker, Views
 from tlcli.machine.device import DeviceChoice, DtypeChoice, choose_device, choose_dtype
 from tlcli.machine.versions import environment
@@ -43,7 +43,7 @@ from tlcli.machine.versions import environment
 CPU_BATCH = 4  # of 224 x 224 pixels, more of smaller ones: the maps of a batch should stay in the cache
 MAX_CPU_BATCH = 16
 GPU_BATCH = 128
-ROWS_AT_ONCE = 64  # a thread's turn: enough that several views of a few images fill whole batches
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Extractor:
@@ -55,7 +55,6 @@ class Extractor:
         device: Name of a device.
         dtype: Compute type: auto, fp32 or bf16.
         cache_dtype: Type of the rows: auto, fp32 or bf16.
-        cut: Where the backbone is divided; None cuts it where `freeze` says.
         views: How views from 1 on are made; None where view 0 is all there is.
 
     Attributes:
@@ -75,16 +74,13 @@ class Extractor:
         device: str = "auto",
         dtype: str = "auto",
         cache_dtype: str = "auto",
-        cut: Cut | None = None,
         views: Views | None = None,
     ) -> None:
         self.backbone = backbone
         self.device_choice: DeviceChoice = choose_device(device)
         self.device = self.device_choice.device
         size = backbone.preprocess.image_size
-        if cut is None:
-            cut = cut_at(backbone.model, num_frozen_units(freeze, len(units(backbone.model))), size)
-        self.cut = cut
+        self.cut: Cut = cut_at(backbone.model, num_frozen_units(freeze, len(units(backbone.model))), size)
         self.dtype_choice: DtypeChoice = choose_dtype(dtype, self.device)
         prefix_sha256 = state_sha256(self.cut.prefix)
         self._fast = inference.prepare(self.cut.prefix, size, self.dtype_choice.dtype, self.device)
@@ -117,6 +113,21 @@ class Extractor:
     def device_reason(self) -> str:
         """Return the device with why it was taken."""
         return f"{self.device} ({self.device_choice.reason})"
+
+    @property
+    def prefix(self) -> nn.Module:
+        """Return the prefix as it computes: normalised images -> rows."""
+        return self._fast.module
+
+    @property
+    def channels_last(self) -> bool:
+        """Return whether maps and images are in channels-last memory while it does."""
+        return self._fast.channels_last
+
+    @property
+    def compute_dtype(self) -> str:
+        """Return the number type that the prefix computes in: "fp32", or "bf16" but for some layers."""
+        return str(self._fast.facts["dtype"])
 
     @property
     def reason(self) -> str:
@@ -160,32 +171,51 @@ class Extractor:
         Unless `pad` is off, the batch is padded to the batch size, so that a row does not depend on the size
         of its batch. Several threads may call it at once. Rows carry no gradient, but may be trained from.
         """
-        count = len(images)
+        return self.computed(self.from_pixels, images, pad=pad)
+
+    def from_pixels(self, images: Tensor) -> Tensor:
+        """Return what the prefix gives for pixel values [n, 3, h, w] of any type, not padded."""
+        rows: Tensor = self.prefix(self.normalise(images))
+        return rows
+
+    def computed(self, function: Callable[[Tensor], Tensor], batch: Tensor, *, pad: bool = True) -> Tensor:
+        """Return what `function` gives for a batch, in the number type of the rows; otherwise as `rows`."""
+        count = len(batch)
         if pad and count < self.batch_size:
-            images = torch.cat([images, images.new_zeros((self.batch_size - count, *images.shape[1:]))])
+            batch = torch.cat([batch, batch.new_zeros((self.batch_size - count, *batch.shape[1:]))])
         # TF32 would make "fp32" on a GPU something else than on a CPU.
         on_gpu = self.device.type == "cuda"
         precise = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if on_gpu else nullcontext()
         with torch.no_grad(), precise:
-            rows: Tensor = self._fast.module(self.normalise(images))
-            return rows[:count].to(torch.float32 if self.row_dtype == "fp32" else torch.bfloat16)
+            return function(batch)[:count].to(TYPES[self.row_dtype])
+
+    def derived(
+        self, module: nn.Module, cut: Cut, row_dtype: str, facts: Mapping[str, Any], *, pixels: bool = False
+    ) -> "Extractor":
+        """Return an extractor of other rows of the same images, on the same device.
+
+        Args:
+            module: Normalised images -> rows, in eval mode on the device.
+            cut: Says where the rows are, and their shape.
+            row_dtype: "fp32" or "bf16".
+            facts: What makes the rows what they are, beside the facts of this extractor's rows.
+            pixels: The module takes pixel values from 0 to 255 instead.
+        """
+        other = copy.copy(self)
+        other._fast = dataclasses.replace(self._fast, module=module)
+        other._fast_sha256 = state_sha256(module)
+        other.cut, other.row_dtype = cut, row_dtype
+        changes = {"cut": cut.node, "row_dtype": row_dtype, "row_shape": list(cut.row_shape), **facts}
+        other.spec = {**self.spec, **changes}
+        other.views_spec = {**self.views_spec, **changes} if self.views_spec else None
+        if pixels:
+            other._scale, other._shift = torch.ones_like(self._scale), torch.zeros_like(self._shift)
+        return other
 
     def normalise(self, images: Tensor) -> Tensor:
         """Return uint8 images [n, 3, h, w] as the prefix takes them: float32, on the device."""
         pixels = in_memory_format(images.to(self.device, non_blocking=True), self._fast.channels_last)
         return torch.addcmul(self._shift, pixels.float(), self._scale)
-
-    def predicted_seconds(self, items: Sequence[Item], workers: int) -> float:
-        """Return about how long the rows of `items` will take, from a trial of a few batches."""
-        lanes = min(workers, 4)
-        few = [item for group in itertools.islice(self._groups(items), lanes) for item in group]
-        if not few:
-            return 0.0
-        started = time.perf_counter()
-        for _ in self.compute_items(few, lanes):
-            pass
-        share = sum(len(views) for _, views in items) / sum(len(views) for _, views in few)
-        return (time.perf_counter() - started) * share * lanes / workers
 
     def compute(self, samples: Sequence[Sample], workers: int) -> Iterator[Batch]:
         """Yield the plain rows of `samples` in batches, in order; see `compute_items`."""
@@ -203,7 +233,7 @@ class Extractor:
         computing: deque[Batch] = deque()
         on_cpu = self.device.type == "cpu"
         try:
-            for group in self._groups(items):
+            for group in groups(items, self.batch_size):
                 waiting.append(pool.submit(self._load_batch, group))
                 if len(waiting) <= 2 * workers:
                     continue
@@ -217,23 +247,6 @@ class Extractor:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             torch.set_num_threads(threads)  # the threads' own setting also set MKL's, which is everybody's
-
-    def _groups(self, items: Sequence[Item]) -> Iterator[list[Item]]:
-        """Divide items so that the rows of each group fill whole batches, or nearly; in order."""
-        limit = max(ROWS_AT_ONCE, self.batch_size)
-        group: list[Item] = []
-        count = 0
-        for sample, views in items:
-            if group and count + len(views) > limit:
-                yield group
-                group, count = [], 0
-            group.append((sample, views))
-            count += len(views)
-            if count % self.batch_size == 0:
-                yield group
-                group, count = [], 0
-        if group:
-            yield group
 
     def _load_batch(self, items: Sequence[Item]) -> Batch:
         """Return decoded images, and on a CPU already their rows; runs in a thread of the pool."""

@@ -4,7 +4,9 @@ Planning and doing are two steps: `plan_features` says what will be computed and
 `compute_features` does it.
 """
 
+import itertools
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +16,6 @@ from typing import Any
 import torch
 
 from tlcli.backbones.backbone import Backbone
-from tlcli.backbones.cut import Cut
 from tlcli.backbones.work import saved_text
 from tlcli.config.backbone import CacheMode, FeatureOptions
 from tlcli.config.commands import FinetuneConfig
@@ -22,6 +23,7 @@ from tlcli.data.audit import examine, require_usable
 from tlcli.data.collection import Collection
 from tlcli.data.image_files import BadImage
 from tlcli.errors import CheckFailed, StorageError
+from tlcli.features.batch import Item, groups
 from tlcli.features.extractor import Extractor
 from tlcli.features.feature_store import FeatureStore
 from tlcli.features.outcome import Outcome, write_bad_images
@@ -151,10 +153,23 @@ def plan_features(
     stored = store.num_new(collection.fingerprints, views)
     store.check_space(stored, write=False)
     count = sum(len(wanted) for _, wanted in todo)
-    seconds = extractor.predicted_seconds(todo, workers) if count >= TRIAL_ROWS else count * 0.05
+    seconds = predicted_seconds(extractor, todo, workers) if count >= TRIAL_ROWS else count * 0.05
     seconds /= processes.world_size() if store.entry is not None else 1
     new_bytes = stored * extractor.row_bytes
     return FeaturePlan(collection, store, workers, max_bad, num_views, count, new_bytes, seconds)
+
+
+def predicted_seconds(extractor: Extractor, items: Sequence[Item], workers: int) -> float:
+    """Return about how long the rows of `items` will take, from a trial of a few batches."""
+    lanes = min(workers, 4)
+    few = [item for group in itertools.islice(groups(items, extractor.batch_size), lanes) for item in group]
+    if not few:
+        return 0.0
+    started = time.perf_counter()
+    for _ in extractor.compute_items(few, lanes):
+        pass
+    share = sum(len(views) for _, views in items) / sum(len(views) for _, views in few)
+    return (time.perf_counter() - started) * share * lanes / workers
 
 
 def compute_features(
@@ -211,15 +226,12 @@ def compute_features(
     return outcome
 
 
-def make_extractor(
-    backbone: Backbone, options: FeatureOptions, *, cut: Cut | None = None, views: Views | None = None
-) -> Extractor:
+def make_extractor(backbone: Backbone, options: FeatureOptions, *, views: Views | None = None) -> Extractor:
     """Return the extractor that feature options ask for.
 
     Args:
         backbone: From `load_backbone`.
         options: Device, types, and how many units are frozen.
-        cut: Where the backbone is divided; None cuts it where `options` say.
         views: How views from 1 on are made; None where view 0 is all there is.
     """
     return Extractor(
@@ -228,7 +240,6 @@ def make_extractor(
         device=options.device,
         dtype=options.dtype,
         cache_dtype=options.cache_dtype,
-        cut=cut,
         views=views,
     )
 

@@ -283,7 +283,7 @@ def _inputs(plan: TrainingPlan, part: Collection, num_views: int | None) -> Inpu
 
     return RowInputs(
         read, keys, num_views=num_views or 1, seed=seed, device=plan.extractor.device,
-        channels_last=plan.compute.channels_last,
+        channels_last=plan.compute.channels_last, earlier=plan.earlier,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from tlcli.data.dataset import Sample
 from tlcli.data.decode import decode
 from tlcli.data.image_files import DecodeError, read_bytes
 from tlcli.errors import DataError
+from tlcli.features.earlier import EarlierRows
 from tlcli.features.extractor import Extractor
 
 
@@ -88,6 +89,7 @@ class RowInputs:
         seed: Of the training, decides which view an epoch sees.
         device: Where the network is.
         channels_last: The memory format of maps.
+        earlier: Where the rows are kept, if that is before the cut.
     """
 
     def __init__(
@@ -99,22 +101,35 @@ class RowInputs:
         seed: int,
         device: torch.device,
         channels_last: bool = True,
+        earlier: EarlierRows | None = None,
     ) -> None:
-        self.read, self.keys, self.channels_last = read, keys, channels_last
+        self.read, self.keys, self.channels_last, self.earlier = read, keys, channels_last, earlier
         self.num_views, self.seed, self.device = num_views, seed, device
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def load(self, indices: Sequence[int], epoch: int, _turn: Callable[[], object]) -> Tensor:
+    def load(self, indices: Sequence[int], epoch: int, turn: Callable[[], object]) -> Tensor:
         """Return rows on the CPU; reading needs little of it, and may have to wait for the disk."""
         views = [view_of(self.keys[index], epoch, self.num_views, self.seed) for index in indices]
         rows = self.read(indices, views)
+        if self.earlier and self.device.type == "cpu":
+            return self._at_cut(self.earlier, rows, turn)
         return rows.pin_memory() if self.device.type == "cuda" else rows
+
+    def _at_cut(self, earlier: EarlierRows, rows: Tensor, turn: Callable[[], object]) -> Tensor:
+        found = []
+        for part in torch.split(rows, earlier.at_cut.batch_size):
+            turn()
+            found.append(earlier.rows_at_cut(part))
+        return torch.cat(found)
 
     def finish(self, loaded: Tensor) -> Tensor:
         """Return the rows on the device, float32."""
-        return in_memory_format(loaded.to(self.device, non_blocking=True).float(), self.channels_last)
+        rows = loaded.to(self.device, non_blocking=True)
+        if self.earlier and self.device.type != "cpu":
+            rows = self._at_cut(self.earlier, rows, lambda: None)
+        return in_memory_format(rows.float(), self.channels_last)
 
 
 class ImageInputs:

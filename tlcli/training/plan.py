@@ -17,7 +17,6 @@ import torch
 
 from tlcli.backbones.backbone import Backbone
 from tlcli.backbones.compute import Amp, Compute, choose_compute
-from tlcli.backbones.cut import cut_earlier
 from tlcli.backbones.initialise import BATCH_NORMS, reinitialise
 from tlcli.backbones.units import num_frozen_units, units
 from tlcli.backbones.zoo import load_backbone
@@ -30,6 +29,7 @@ from tlcli.data.collection import Collection
 from tlcli.errors import UsageError
 from tlcli.features.cache_decision import UNDECIDED, CachingDecision, decide, is_measured
 from tlcli.features.cost_trial import CUT, RECOMPUTE
+from tlcli.features.earlier import EarlierRows, rows_at
 from tlcli.features.extractor import Extractor
 from tlcli.features.plan import FeaturePlan, make_extractor, plan_features
 from tlcli.features.views import Views
@@ -56,8 +56,9 @@ class TrainingPlan:
         policy: How training images are varied.
         num_views: Views of each training image; None for a new one every epoch.
         extractor: Transform, and the prefix where units are frozen.
-        features: The rows to compute before training: at the cut, or the pooled ones of the probe; None when
-            there are none.
+        earlier: The rows that are kept before the cut; None where none are.
+        features: The rows to compute before training: at the cut, before it, or the pooled ones of the
+            probe; None when there are none.
         caching: Where the prefix's work is kept, and why; None where nothing is frozen.
         compute: How the trained part computes.
         num_units: Units of the backbone.
@@ -72,6 +73,7 @@ class TrainingPlan:
     policy: AugmentPolicy
     num_views: int | None
     extractor: Extractor
+    earlier: EarlierRows | None
     features: FeaturePlan | None
     caching: CachingDecision | None
     compute: Compute
@@ -160,9 +162,9 @@ def plan_training(
     num_train = round((1 - select_fraction) * collection.num_images()["train"])
     policy = resolve_policy(config, num_train)
     config = dataclasses.replace(config, freeze=str(frozen), scenario=scenario)
-    num_views = 1 if policy.is_none else config.views or (DEFAULT_VIEWS if scenario == "freeze" else None)
+    num_views = _num_views(config, scenario, policy, continued)
     recipe = _recipe(config, num_train, backbone, earlier_run)
-    features, decision = None, None
+    features, decision, earlier = None, None, None
     made_views = None if policy.is_none else Views(policy, config.view_seed)
     extractor = make_extractor(backbone, config, views=made_views)
     compute = _compute(config, extractor)
@@ -173,14 +175,11 @@ def plan_training(
             config, collection, extractor, compute, num_views=num_views or 1, epochs=passes, dry_run=dry_run
         )  # fmt: skip
         decision = processes.from_main(decision)
-        if decision.node is not None:
-            earlier = cut_earlier(extractor.cut, decision.node)
-            extractor = make_extractor(backbone, config, cut=earlier, views=made_views)
-            compute = _compute(config, extractor)
-        if decision.where == RECOMPUTE:
-            num_views = 1 if policy.is_none else config.views
-        else:
-            features = _plan_features(config, collection, extractor, num_views or 1)
+        if decision.node is not None and (earlier := rows_at(extractor, decision.node)) is None:
+            decision = CachingDecision(CUT, f"caching at the cut: nothing can be kept at {decision.node}")
+        if decision.where != RECOMPUTE:
+            kept = earlier.extractor if earlier else extractor
+            features = _plan_features(config, collection, kept, num_views or 1)
     elif recipe.head_init == "probe":
         whole = from_options(FeatureOptions, {**to_options(config), "freeze": "all"})
         features = _plan_features(config, collection, make_extractor(backbone, whole), 1)
@@ -188,7 +187,7 @@ def plan_training(
     if not _trains_batch_norm(extractor):
         recipe, notes = _without_norm(config, recipe, notes)
     return TrainingPlan(
-        recipe, policy, num_views, extractor, features, decision, compute, num_units, select_fraction,
+        recipe, policy, num_views, extractor, earlier, features, decision, compute, num_units, select_fraction,
         config.publish == "trained", notes, earlier_run,
     )  # fmt: skip
 
@@ -224,6 +223,18 @@ def _without_norm(
     return dataclasses.replace(recipe, norm_reason=NO_NORM), notes
 
 
+def _num_views(
+    config: FinetuneConfig, scenario: Scenario, policy: AugmentPolicy, continued: Mapping[str, Any] | None
+) -> int | None:
+    """Return the views of each training image, None for a new one every epoch: a rule, whatever is cached."""
+    if policy.is_none:
+        return 1
+    if continued and "num_views" in continued.get("recipe", {}):
+        stored: int | None = continued["recipe"]["num_views"]  # 0.2.0 took another number where it recomputed
+        return stored
+    return config.views or (DEFAULT_VIEWS if scenario == "freeze" else None)
+
+
 def _compute(config: FinetuneConfig, extractor: Extractor) -> Compute:
     size = extractor.backbone.preprocess.image_size
     return choose_compute(extractor.cut, size, _amp(config, extractor.device), extractor.device)
@@ -244,7 +255,7 @@ def _plan_features(
 
 
 def _decided(continued: Mapping[str, Any] | None) -> CachingDecision | None:
-    """Return the decision of the run that is continued: another would draw other views."""
+    """Return the decision of the run that is continued."""
     before = (continued or {}).get("recipe", {}).get("caching")
     return None if before is None else CachingDecision(before["where"], f"as before: {before['reason']}")
 
