@@ -180,13 +180,14 @@ def make_tuned(trained: TrainedRun, tmp_path: Path) -> Callable[..., Path]:
         )  # fmt: skip
         config = FinetuneConfig(data=str(trained.images), backbone=backbone, random_init=True, freeze="2")
         facts = open_run(str(trained.run)).facts
-        facts = {key: facts[key] for key in ("class_names", "data", "device", "dtype")} | {
+        facts = {key: facts[key] for key in ("class_names", "data", "device")} | {
             "scenario": "freeze",
             "backbone": {"name": backbone, "architecture": loaded.architecture, "arguments": loaded.arguments,
                          "license": None, "source": loaded.origin, "pretrained": False,
                          "num_frozen_units": 2},
             "preprocess": dataclasses.asdict(loaded.preprocess),
             "cache_key": None,
+            "dtype": {"name": "fp32", "reason": "asked for", "prefix": "fp32", "suffix": "fp32"},
             "options": to_options(config),
         }  # fmt: skip
         run = tmp_path / "tuned"

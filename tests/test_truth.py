@@ -120,7 +120,7 @@ def test_weights_that_change_during_extraction(run_cli, folder, monkeypatch):
     def rows(self, images, **more):
         calls.append(len(images))
         if len(calls) == 2:
-            next(self._fast.module.parameters()).data[0] += 1e-6
+            next(self.fast.module.parameters()).data[0] += 1e-6
         return real(self, images, **more)
 
     monkeypatch.setattr(Extractor, "rows", rows)
@@ -136,8 +136,8 @@ def test_a_prefix_in_train_mode(run_cli, folder, monkeypatch, backbone):
     real, kinds = Extractor.compute_items, set()
 
     def compute_items(self, items, workers):
-        self._fast.module.train()
-        kinds.update(type(layer).__name__ for layer in self._fast.module.modules())
+        self.fast.module.train()
+        kinds.update(type(layer).__name__ for layer in self.fast.module.modules())
         return real(self, items, workers)
 
     monkeypatch.setattr(Extractor, "compute_items", compute_items)

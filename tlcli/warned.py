@@ -59,6 +59,7 @@ CODES = {
     "replaced_run_left": "the run that was replaced could not be removed",
     "trained_on_split": "the run was trained on the split that is measured",
     "selected_on_split": "the run's epoch was chosen on the split that is measured",
+    "figures_kept": "a split was measured otherwise than its stored figures, which are kept",
     "thumbnails_missing": "mistakes are shown without their image because it is gone",
 }  # fmt: skip
 """Every code and what it means. A code is never given another meaning."""

@@ -98,7 +98,7 @@ def test_rows_do_not_depend_on_order_batch_or_workers(kind, request, samples):
 def test_every_batch_has_one_size_when_it_is_computed(plain):
     """A library may choose another algorithm for another size, so small batches are padded."""
     seen = []
-    hook = plain._fast.module.register_forward_pre_hook(lambda _module, given: seen.append(len(given[0])))
+    hook = plain.fast.module.register_forward_pre_hook(lambda _module, given: seen.append(len(given[0])))
     try:
         for count in (1, 5, plain.batch_size):
             images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
@@ -329,7 +329,7 @@ def test_rows_are_flushed_while_the_work_goes_on(plain, samples, monkeypatch):
 
 def test_weights_that_change_meanwhile_refuse_the_rows(samples):
     made = extractor(dtype="fp32")
-    next(made._fast.module.parameters()).data[0] += 1.0
+    next(made.fast.module.parameters()).data[0] += 1.0
     with pytest.raises(BackboneError, match="changed"):
         fill(FeatureStore(made), samples[:3])
     assert FeatureStore(made).known() == set()
@@ -337,7 +337,7 @@ def test_weights_that_change_meanwhile_refuse_the_rows(samples):
 
 def test_rows_that_are_not_finite_are_refused_by_name(samples):
     made = extractor(dtype="fp32")
-    for buffer in made._fast.module.parameters():
+    for buffer in made.fast.module.parameters():
         buffer.data.fill_(float("nan"))
     made._fast_sha256 = ""
     with pytest.raises(BackboneError, match="not finite"):

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tlcli.config.backbone import CacheMode
 from tlcli.config.commands import EvaluateConfig
@@ -15,13 +17,17 @@ from tlcli.config.fields import from_options
 from tlcli.data.collection import Collection, collect
 from tlcli.errors import DataError, StorageError, UsageError
 from tlcli.features.extractor import Extractor
+from tlcli.features.feature_store import FeatureStore
 from tlcli.features.outcome import Outcome
 from tlcli.features.plan import FeaturePlan, compute_features, plan_features, read_rows
 from tlcli.heads.head import Head
 from tlcli.metrics.evaluation import STORED_MISTAKES, Evaluation, measure
 from tlcli.progress import Progress
-from tlcli.runs.results import write_evaluation
+from tlcli.runs.parts import features_extractor, gives_features, rows_extractor
+from tlcli.runs.results import add_circumstances, why_kept, write_evaluation
 from tlcli.runs.run import Run, open_run
+from tlcli.training.inputs import RowInputs
+from tlcli.training.measure import network_features
 from tlcli.warned import warn
 
 
@@ -49,16 +55,35 @@ def plan_evaluate(config: EvaluateConfig, progress: Progress) -> tuple[Run, Feat
             warn("selected_on_split", text)
     workers = config.num_workers
     collection = _split_of(config, run, workers, progress)
-    dtype = run.facts["dtype"]["name"] if config.dtype == "auto" else config.dtype
-    # A trained network's features serve this run alone: they are kept only when asked, and as plain vectors.
-    trained = run.facts.get("scenario", "feature-extraction") != "feature-extraction"
-    stored_as = "auto" if trained else run.facts["options"].get("cache-dtype", "auto")
-    cache: CacheMode = "never" if trained and config.cache == "auto" else config.cache
-    extractor = Extractor(run.backbone(), device=config.device, dtype=dtype, cache_dtype=stored_as)
-    return run, plan_features(
-        collection, extractor, cache=cache, workers=workers, max_bad=config.max_bad,
-        max_bytes=config.cache_max_bytes,
-    )  # fmt: skip
+    rows = rows_extractor(run, device=config.device, dtype=config.dtype)
+    return run, _planned(config, run, rows, collection)
+
+
+def _planned(config: EvaluateConfig, run: Run, rows: Extractor, collection: Collection) -> FeaturePlan:
+    """Return what computing takes: from rows at the cut where training left all of them in the cache."""
+
+    def planned(extractor: Extractor, cache: CacheMode) -> FeaturePlan:
+        return plan_features(
+            collection, extractor, cache=cache, workers=config.num_workers, max_bad=config.max_bad,
+            max_bytes=config.cache_max_bytes,
+        )  # fmt: skip
+
+    if not run.trains_units:
+        return planned(rows, config.cache)
+    if not gives_features(rows) and config.cache in {"auto", "always"} and _are_cached(rows, collection):
+        return planned(rows, "auto")
+    # A trained network's features serve this run alone: they are kept only when asked.
+    return planned(features_extractor(rows), "never" if config.cache == "auto" else config.cache)
+
+
+def _are_cached(extractor: Extractor, collection: Collection) -> bool:
+    """Return whether all rows are in the cache; a cache that cannot be used has none."""
+    if not extractor.cut.num_frozen_units:
+        return False
+    try:
+        return not FeatureStore(extractor).missing(collection.samples, collection.fingerprints)
+    except StorageError:
+        return False
 
 
 def _selected_on(run: Run) -> str | None:
@@ -129,12 +154,23 @@ def evaluate(
     in_training = config.split in run.facts["trained_on"]
     evaluation.document["selected_on"] = "train" if in_training else config.split if chosen_here else None
     evaluation.document["num_skipped"] = len(outcome.bad_images)
-    if config.data is None:
-        try:
-            write_evaluation(run.path, config.split, evaluation)
-        except StorageError:  # a read-only run can be measured all the same
-            evaluation.document["stored"] = False
+    add_circumstances(evaluation, collection, plan.store.extractor)
+    if config.data is None and not _stored(run, config.split, evaluation):
+        evaluation.document["stored"] = False
     return evaluation, outcome
+
+
+def _stored(run: Run, split: str, evaluation: Evaluation) -> bool:
+    """Store an evaluation in its run; return whether that was done."""
+    if reason := why_kept(run.path, split, evaluation.document, run.facts):
+        path = run.path / f"evaluation-{split}.json"
+        warn("figures_kept", f"the stored {path} is kept: {reason}; remove it to store this one")
+        return False
+    try:
+        write_evaluation(run.path, split, evaluation)
+    except StorageError:  # a read-only run can be measured all the same
+        return False
+    return True
 
 
 def head_logits(plan: FeaturePlan, collection: Collection, head: Head) -> np.ndarray[Any, Any]:
@@ -143,6 +179,20 @@ def head_logits(plan: FeaturePlan, collection: Collection, head: Head) -> np.nda
     Raises:
         StorageError: Rows vanish from the cache again and again.
     """
-    rows = read_rows(plan, collection)
+    features = _features(plan, collection)
     with torch.inference_mode():
-        return head.logits(rows.float()).numpy()
+        return head.logits(features).numpy()
+
+
+def _features(plan: FeaturePlan, collection: Collection) -> Tensor:
+    """Return the features, fp32 [n, D]; of a trained network maybe from rows at the cut."""
+    extractor = plan.store.extractor
+    if gives_features(extractor):
+        return read_rows(plan, collection).float()
+
+    def read(indices: Sequence[int], views: Sequence[int]) -> Tensor:
+        return read_rows(plan, collection.select(indices), views)
+
+    keys = [found.sha256 or "" for found in collection.fingerprints]
+    inputs = RowInputs(read, keys, num_views=1, seed=0, device=extractor.device)
+    return network_features(extractor, inputs, workers=plan.workers)

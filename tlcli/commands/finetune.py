@@ -54,7 +54,7 @@ from tlcli.runs.directory import (
     run_to_continue,
 )
 from tlcli.runs.model_files import check_saving, save_model
-from tlcli.runs.results import write_evaluation
+from tlcli.runs.results import add_circumstances, write_evaluation
 from tlcli.training.backbone import TrainedBackbone, train_backbone
 from tlcli.training.checkpoints import Checkpoints
 from tlcli.training.plan import TrainingPlan, check_packages, plan_training
@@ -289,6 +289,7 @@ def finetune(plan: FinetunePlan, progress: Progress) -> Result:
             evaluation = measure(
                 logits, val, names, split="val", majority_class=_majority_class(train), worst=STORED_MISTAKES
             )
+            add_circumstances(evaluation, val, plan.extractor)
             facts["metrics"] = {"val": headline(evaluation.document)}
             balanced = "balanced" in (config.class_weights, config.sampling)
             if warning := no_better_than_majority(evaluation.document, balanced=balanced):
@@ -352,7 +353,7 @@ def _fit(plan: FinetunePlan, train: Collection, progress: Progress) -> FittedHea
 def _facts(plan: FinetunePlan) -> dict[str, Any]:
     """Return what is known before training, for run.json."""
     extractor, backbone = plan.extractor, plan.extractor.backbone
-    facts = {
+    facts: dict[str, Any] = {
         "versions": versions(),
         "scenario": plan.scenario,
         "backbone": {
@@ -368,7 +369,11 @@ def _facts(plan: FinetunePlan) -> dict[str, Any]:
         "class_names": list(plan.collection.dataset.class_names),
         "data": _data_facts(plan, plan.collection),
         "device": {"name": str(extractor.device), "reason": extractor.device_choice.reason},
-        "dtype": {"name": extractor.dtype_choice.name, "reason": extractor.dtype_reason},
+        "dtype": {
+            "name": extractor.dtype_choice.name,
+            "reason": extractor.dtype_reason,
+            **extractor.number_types,
+        },
         "cache_key": _cache_key(plan),
         "options": to_options(plan.config),
         "warnings": list(plan.warnings),
@@ -384,7 +389,7 @@ def _facts(plan: FinetunePlan) -> dict[str, Any]:
             "caching": None if plan.training.caching is None else plan.training.caching.document(),
         }
         if plan.scenario != "freeze":  # the network is trained and measured as it is, no prefix was prepared
-            facts["dtype"] = {"name": "fp32", "reason": "as it was trained"}
+            facts["dtype"] |= {"name": "fp32", "reason": "as it was trained"}
     return facts
 
 

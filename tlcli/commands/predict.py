@@ -10,7 +10,7 @@ from tlcli.config.commands import PredictConfig
 from tlcli.data.dataset import Sample
 from tlcli.data.folders import find_images
 from tlcli.errors import DataError, UsageError
-from tlcli.features.extractor import Extractor
+from tlcli.runs.parts import network_extractor
 from tlcli.runs.run import Run, open_run
 
 
@@ -35,7 +35,7 @@ class Predictor:
     Args:
         run: From `open_run`.
         device: Name of a device.
-        dtype: Compute type: auto (the run's own), fp32 or bf16.
+        dtype: Compute type: auto (as in training, part by part), fp32 or bf16.
 
     Raises:
         BackboneError: The run's network is missing or damaged.
@@ -44,8 +44,7 @@ class Predictor:
 
     def __init__(self, run: Run, *, device: str = "auto", dtype: str = "auto") -> None:
         self.class_names = run.class_names
-        dtype = run.facts["dtype"]["name"] if dtype == "auto" else dtype
-        self.extractor = Extractor(run.backbone(), device=device, dtype=dtype)
+        self.extractor = network_extractor(run, device=device, dtype=dtype)
         self._head = run.head()
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:

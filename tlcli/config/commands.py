@@ -184,7 +184,9 @@ class EvaluateConfig(HasWorkers, HasCacheLimit, Options):
     split: Split = option("val", "Which split to measure; DATA without splits is measured whole.")
     max_bad: float = same(DataOptions, "max_bad")
     allow_outside_root: bool = same(DataOptions, "allow_outside_root")
-    dtype: Literal["auto", "fp32", "bf16"] = option("auto", "Compute type; auto is the run's own.")
+    dtype: Literal["auto", "fp32", "bf16"] = option(
+        "auto", "Compute type of the whole network; auto is as in training, part by part."
+    )
     cache: CacheMode = same(FeatureOptions, "cache")
     cache_max_size: str = same(FeatureOptions, "cache_max_size")
     device: Device = same(FeatureOptions, "device")
@@ -205,7 +207,9 @@ class PredictConfig(HasWorkers, Options):
     )
     top: int = option(1, "Classes listed for each image.", metavar="K", minimum=1, maximum=1000)
     format: Literal["table", "csv", "jsonl"] = option("table", "How rows are written; csv and jsonl stream.")
-    dtype: Literal["auto", "fp32", "bf16"] = option("auto", "Compute type; auto is the run's own.")
+    dtype: Literal["auto", "fp32", "bf16"] = option(
+        "auto", "Compute type of the whole network; auto is as in training, part by part."
+    )
     device: Device = same(FeatureOptions, "device")
     workers: int | None = same(FeatureOptions, "workers")
 

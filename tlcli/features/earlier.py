@@ -49,7 +49,7 @@ class EarlierRows:
     def _rest(self, rows: Tensor) -> Tensor:
         if self.where == INPUT:
             return self.at_cut.from_pixels(rows)
-        placed = in_memory_format(rows.to(self.at_cut.device), self.at_cut.channels_last)
+        placed = in_memory_format(rows.to(self.at_cut.device), self.at_cut.fast.channels_last)
         found: Tensor = self.parts.rest(placed)
         return found
 
@@ -77,7 +77,7 @@ def earlier_rows(extractor: Extractor) -> list[EarlierRows]:
     size = extractor.backbone.preprocess.image_size
     images = extractor.normalise(torch.zeros(BATCH, 3, *size, dtype=torch.uint8))
     frozen = units(extractor.backbone.model)[: extractor.cut.num_frozen_units]
-    found = earlier_parts(extractor.prefix, images, extractor.row_bytes, frozen)
+    found = earlier_parts(extractor.fast.module, images, extractor.row_bytes, frozen)
     return [
         EarlierRows(parts.where, _derived(extractor, parts), extractor, parts)
         for parts in found[-MAX_EARLIER:]

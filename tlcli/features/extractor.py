@@ -59,6 +59,7 @@ class Extractor:
 
     Attributes:
         cut: Where the backbone is divided.
+        fast: The prefix as it computes.
         view: (image, SHA-256 of its file, number) -> one view of it; see ViewMaker.
         row_dtype: "fp32" or "bf16".
         spec: The facts that make a row of view 0 what it is: the entry key is their hash.
@@ -83,9 +84,9 @@ class Extractor:
         self.cut: Cut = cut_at(backbone.model, num_frozen_units(freeze, len(units(backbone.model))), size)
         self.dtype_choice: DtypeChoice = choose_dtype(dtype, self.device)
         prefix_sha256 = state_sha256(self.cut.prefix)
-        self._fast = inference.prepare(self.cut.prefix, size, self.dtype_choice.dtype, self.device)
-        self._fast.module.eval()  # the layers that folding put in, too
-        self._fast_sha256 = state_sha256(self._fast.module)
+        self.fast = inference.prepare(self.cut.prefix, size, self.dtype_choice.dtype, self.device)
+        self.fast.module.eval()  # the layers that folding put in, too
+        self._fast_sha256 = state_sha256(self.fast.module)
         pooled = len(self.cut.row_shape) == 1
         self.row_dtype = ("fp32" if pooled else "bf16") if cache_dtype == "auto" else cache_dtype
         self.view = ViewMaker(backbone.preprocess, views)
@@ -97,7 +98,7 @@ class Extractor:
             "cut": self.cut.node,
             "preprocess": self.view.transform.key_facts(),
             "decode": dict(POLICY),
-            "compute": self._fast.facts,
+            "compute": self.fast.facts,
             "row_dtype": self.row_dtype,
             "row_shape": list(self.cut.row_shape),
         }
@@ -115,19 +116,13 @@ class Extractor:
         return f"{self.device} ({self.device_choice.reason})"
 
     @property
-    def prefix(self) -> nn.Module:
-        """Return the prefix as it computes: normalised images -> rows."""
-        return self._fast.module
-
-    @property
-    def channels_last(self) -> bool:
-        """Return whether maps and images are in channels-last memory while it does."""
-        return self._fast.channels_last
-
-    @property
-    def compute_dtype(self) -> str:
-        """Return the number type that the prefix computes in: "fp32", or "bf16" but for some layers."""
-        return str(self._fast.facts["dtype"])
+    def number_types(self) -> dict[str, str | None]:
+        """Return what frozen units and those after them compute in: fp32, bf16, or None where none are."""
+        frozen, trained = self.cut.num_frozen_units, not isinstance(self.cut.suffix, nn.Identity)
+        return {
+            "prefix": self.fast.facts["dtype"] if frozen else None,
+            "suffix": "fp32" if trained else None,
+        }
 
     @property
     def reason(self) -> str:
@@ -136,8 +131,8 @@ class Extractor:
 
     @property
     def dtype_reason(self) -> str:
-        """Return what the prefix computes in, and why."""
-        return f"{self._fast.reason}, {self.dtype_choice.reason}"
+        """Return what the prefix computes in, or the network in parts, and why."""
+        return f"{self.fast.reason}, {self.dtype_choice.reason}"
 
     @property
     def row_bytes(self) -> int:
@@ -154,12 +149,12 @@ class Extractor:
         Raises:
             BackboneError: A weight or buffer changed since the start, or a layer is in train mode.
         """
-        if any(layer.training for layer in self._fast.module.modules()):
+        if any(layer.training for layer in self.fast.module.modules()):
             raise BackboneError(
                 "The backbone is in train mode while features are computed; these features are not kept.",
                 hint="Nothing may train the prefix during extraction.",
             )
-        if state_sha256(self._fast.module) != self._fast_sha256:
+        if state_sha256(self.fast.module) != self._fast_sha256:
             raise BackboneError(
                 "The backbone's weights changed while features were computed; these features are not kept.",
                 hint="Nothing may train the prefix during extraction.",
@@ -175,7 +170,7 @@ class Extractor:
 
     def from_pixels(self, images: Tensor) -> Tensor:
         """Return what the prefix gives for pixel values [n, 3, h, w] of any type, not padded."""
-        rows: Tensor = self.prefix(self.normalise(images))
+        rows: Tensor = self.fast.module(self.normalise(images))
         return rows
 
     def computed(self, function: Callable[[Tensor], Tensor], batch: Tensor, *, pad: bool = True) -> Tensor:
@@ -190,19 +185,27 @@ class Extractor:
             return function(batch)[:count].to(TYPES[self.row_dtype])
 
     def derived(
-        self, module: nn.Module, cut: Cut, row_dtype: str, facts: Mapping[str, Any], *, pixels: bool = False
+        self,
+        module: nn.Module,
+        cut: Cut,
+        row_dtype: str,
+        facts: Mapping[str, Any],
+        *,
+        pixels: bool = False,
+        then: str = "",
     ) -> "Extractor":
         """Return an extractor of other rows of the same images, on the same device.
 
         Args:
-            module: Normalised images -> rows, in eval mode on the device.
+            module: Normalised images (pixel values with `pixels`) -> rows, in eval mode on the device.
             cut: Says where the rows are, and their shape.
             row_dtype: "fp32" or "bf16".
             facts: What makes the rows what they are, beside the facts of this extractor's rows.
-            pixels: The module takes pixel values from 0 to 255 instead.
+            pixels: Images are not normalised.
+            then: What the reason of the number type has besides.
         """
         other = copy.copy(self)
-        other._fast = dataclasses.replace(self._fast, module=module)
+        other.fast = dataclasses.replace(self.fast, module=module, reason=self.fast.reason + then)
         other._fast_sha256 = state_sha256(module)
         other.cut, other.row_dtype = cut, row_dtype
         changes = {"cut": cut.node, "row_dtype": row_dtype, "row_shape": list(cut.row_shape), **facts}
@@ -214,7 +217,7 @@ class Extractor:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Return uint8 images [n, 3, h, w] as the prefix takes them: float32, on the device."""
-        pixels = in_memory_format(images.to(self.device, non_blocking=True), self._fast.channels_last)
+        pixels = in_memory_format(images.to(self.device, non_blocking=True), self.fast.channels_last)
         return torch.addcmul(self._shift, pixels.float(), self._scale)
 
     def compute(self, samples: Sequence[Sample], workers: int) -> Iterator[Batch]:

@@ -84,7 +84,7 @@ def no_better_than_majority(found: Mapping[str, Any], *, balanced: bool) -> str 
     """Return a warning where a classifier could as well name one class for every image; None otherwise.
 
     Args:
-        found: A measurement's document: `top1_accuracy`, `majority_baseline` and, for `balanced`, `per_class`.
+        found: A measurement's document.
         balanced: Classes weigh the same, so that the mean recall is compared with that of one class.
     """
     share, baseline, name = found["top1_accuracy"], found["majority_baseline"], "accuracy"
@@ -94,7 +94,7 @@ def no_better_than_majority(found: Mapping[str, Any], *, balanced: bool) -> str 
     if share > baseline or share == 1.0:
         return None
     return (
-        f"The {name}, {share:.3f} on {found['num_images']} images, is no better than naming one class for all "
-        f"of them ({baseline:.3f}). Look at the images with `tlcli data check`; try --freeze all, another "
-        "backbone, or --class-weights balanced where classes are uneven."
+        f"The {name}, {share:.3f} on {found['num_images']} images, is no better than naming one class for "
+        f"all of them ({baseline:.3f}). Look at the images with `tlcli data check`; try --freeze all, "
+        "another backbone, or --class-weights balanced where classes are uneven."
     )

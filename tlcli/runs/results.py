@@ -7,11 +7,50 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tlcli.data.collection import Collection
 from tlcli.data.listing import spreadsheet_cell
 from tlcli.errors import DataError
+from tlcli.features.extractor import Extractor
 from tlcli.machine import files
 from tlcli.metrics.evaluation import Evaluation
 from tlcli.runs.directory import DISK_HINT
+
+PARTS = ("prefix", "suffix")
+
+
+def add_circumstances(evaluation: Evaluation, collection: Collection, extractor: Extractor) -> None:
+    """Say in an evaluation what it was computed in and from: the device, the number types, the images."""
+    evaluation.document["computed"] = {"device": str(extractor.device), **extractor.number_types}
+    evaluation.document["digest"] = collection.digest()
+
+
+def why_kept(run_dir: Path, split: str, found: dict[str, Any], facts: dict[str, Any]) -> str:
+    """Return why an evaluation must not take the place of the stored one of its split; "" where it may.
+
+    The first of a split is stored, later ones where they are of the same images and computed as the run was.
+
+    Args:
+        run_dir: Of the run.
+        split: What was measured.
+        found: The document of the evaluation.
+        facts: run.json.
+    """
+    path = run_dir / f"evaluation-{split}.json"
+    if not path.exists():
+        return ""
+    stored = read_json(path)
+    if "digest" not in stored or "prefix" not in facts["dtype"]:  # of 0.2.0, which stored neither
+        same = all(stored.get(name) == found[name] for name in ("num_images", "top1_accuracy"))
+        return "" if same else "it has other figures"
+    if found["digest"] != stored["digest"]:
+        return "it is of other images"
+    own = {"device": facts["device"]["name"], **{name: facts["dtype"][name] for name in PARTS}}
+    return "" if found["computed"] == own else f"the run computes in {_words(own)}"
+
+
+def _words(computed: dict[str, Any]) -> str:
+    parts = " and ".join(dict.fromkeys(computed[name] for name in PARTS if computed[name]))
+    return f"{parts} on {computed['device']}"
 
 
 def write_evaluation(run_dir: Path, split: str, evaluation: Evaluation) -> None:

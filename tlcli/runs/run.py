@@ -44,6 +44,11 @@ class Run:
         """Return the classes in the order of the head's outputs."""
         return tuple(map(_as_read_here, self.facts["class_names"]))
 
+    @property
+    def trains_units(self) -> bool:
+        """Return whether units of the backbone were trained, not a head alone."""
+        return bool(self.facts.get("scenario", "feature-extraction") != "feature-extraction")
+
     def backbone(self) -> Backbone:
         """Load the network of the run, headless.
 

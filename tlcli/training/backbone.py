@@ -21,7 +21,8 @@ from tlcli.runs.directory import RunDirectory
 from tlcli.training.checkpoints import Checkpoints
 from tlcli.training.continued import load_weights
 from tlcli.training.inputs import ImageInputs, Inputs, RowInputs
-from tlcli.training.loop import Samples, Trained, network_logits, train
+from tlcli.training.loop import Samples, Trained, network_logits, train, val_figures
+from tlcli.training.measure import network_features
 from tlcli.training.network import Network, make_network
 from tlcli.training.optimizer import undecayed_names
 from tlcli.training.plan import TrainingPlan
@@ -152,15 +153,18 @@ def train_backbone(
     measured = _Measured(plan, network, parts, val_inputs, workers)
     before = measured.logits() if recipe.head_init != "random" else None
     start = {name: value.clone() for name, value in network.state_dict().items()} if before else {}
-    row = []
+    row: list[dict[str, Any]] = []
     if probe and before and before.val is not None:
-        row = [_epoch_zero(before.val, labels_of(val_part))]
+        row = [{"kind": "epoch", "epoch": 0, "step": 0, **val_figures(before.val, labels_of(val_part))}]
     setting = _setting(plan, config, writer, progress, row)
     val = Samples(val_inputs, labels_of(val_part)) if val_inputs is not None else None
     data = Samples(train_inputs, labels_of(parts.train))
     trained = train(network, recipe, data, val, setting, plan.continued)
     after = measured.logits()
     _check_finite(after, trained)
+    if after.val is not None:
+        _keep_final_figures(trained, after.val, labels_of(val_part))
+        setting.on_epoch(trained.history)
     publication = _publication(plan, parts, before, after)
     published = after
     if publication.published != "trained" and before is not None:
@@ -192,13 +196,15 @@ class _Measured:
 
     def logits(self) -> _Logits:
         """Return what the network gives now, computed as `evaluate` will."""
-        self.network.to(self.plan.extractor.device)
+        extractor, head = self.plan.extractor, self.network.trained_head()
+        self.network.to(extractor.device).eval()
         val = chooses = None
         if self.val_inputs is not None:
-            val = chooses = network_logits(self.network, self.val_inputs, workers=self.workers)
+            features = network_features(extractor, self.val_inputs, workers=self.workers)
+            val = chooses = head.logits(features)
         if self.parts.chooses is not None and self.parts.selected_on == "train":
             inputs = _inputs(self.plan, self.parts.chooses, 1)
-            chooses = network_logits(self.network, inputs, workers=self.workers)
+            chooses = head.logits(network_features(extractor, inputs, workers=self.workers))
         self.network.to("cpu")
         return _Logits(val, chooses)
 
@@ -211,15 +217,6 @@ def _check_finite(found: _Logits, trained: Trained) -> None:
     """
     if any(part is not None and not part.isfinite().all() for part in (found.val, found.chooses)):
         raise diverged(f"The network gives no numbers after step {trained.steps}", trained.lr)
-
-
-def _epoch_zero(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Return the line of metrics.jsonl of the network before training."""
-    found = candidate("probe", logits, labels)
-    return {
-        "kind": "epoch", "epoch": 0, "step": 0, "val_log_loss": found.log_loss,
-        "val_accuracy": found.top1_accuracy,
-    }  # fmt: skip
 
 
 def _publication(plan: TrainingPlan, parts: Parts, before: _Logits | None, after: _Logits) -> Publication:
@@ -265,6 +262,14 @@ def _setting(
         on_epoch=lambda history: writer.write_lines("metrics.jsonl", [*before, *history]),
         tracker=config.tracker, log_dir=writer.path,
     )  # fmt: skip
+
+
+def _keep_final_figures(trained: Trained, logits: Tensor, labels: Tensor) -> None:
+    """Let the epoch whose weights are kept say what they measure: the loop measures in mixed precision."""
+    epoch = trained.history[-1]["epoch"] if trained.best_epoch is None else trained.best_epoch
+    for row in trained.history:
+        if row["epoch"] == epoch:
+            row |= val_figures(logits, labels)
 
 
 def _inputs(plan: TrainingPlan, part: Collection, num_views: int | None) -> Inputs:

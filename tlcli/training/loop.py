@@ -133,6 +133,14 @@ def network_logits(
     return result
 
 
+def val_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return what a line of metrics.jsonl says of val."""
+    return {
+        "val_log_loss": float(functional.cross_entropy(logits, labels)),
+        "val_accuracy": float((logits.argmax(1) == labels).double().mean()),
+    }
+
+
 class _Loop:
     """A training between two steps: epochs, what is measured after them, checkpoints."""
 
@@ -320,13 +328,11 @@ class _Loop:
         average = self.stepper.average
         with holding(self.network, average.values) if average else nullcontext():
             logits = network_logits(self.network, val.inputs, workers=self.setting.workers)
-        loss = float(functional.cross_entropy(logits, val.labels))
-        if not math.isfinite(loss):  # the last step's loss was, but not the weights that it left
-            raise diverged(f"The loss on val is {loss} after epoch {self.counters.epoch + 1}", self.rate())
-        return {
-            "val_log_loss": loss,
-            "val_accuracy": float((logits.argmax(1) == val.labels).double().mean()),
-        }
+        found = val_figures(logits, val.labels)
+        if not math.isfinite(found["val_log_loss"]):  # the last step's loss was, but not the weights it left
+            what = f"The loss on val is {found['val_log_loss']} after epoch {self.epoch + 1}"
+            raise diverged(what, self.rate())
+        return found
 
 
 def _summary(row: dict[str, Any], epochs: int) -> str:

@@ -187,8 +187,8 @@ def plan_training(
     if not _trains_batch_norm(extractor):
         recipe, notes = _without_norm(config, recipe, notes)
     return TrainingPlan(
-        recipe, policy, num_views, extractor, earlier, features, decision, compute, num_units, select_fraction,
-        config.publish == "trained", notes, earlier_run,
+        recipe, policy, num_views, extractor, earlier, features, decision, compute, num_units,
+        select_fraction, config.publish == "trained", notes, earlier_run,
     )  # fmt: skip
 
 
