@@ -43,6 +43,19 @@ def test_rows_agree(folder, tmp_path, run_cli, freeze):
     assert float(cosine.min()) > 0.9999
 
 
+@pytest.mark.parametrize("scenario", [("--freeze", "all"), ("--freeze", "3"), ("--freeze", "none")])
+def test_a_run_is_measured_again(folder, tmp_path, run_cli, scenario):
+    training = () if "all" in scenario else ("--epochs", "2")
+    words = (*TINY_FP32[:-1], "bf16", "--json", "--device", "cuda")
+    done = run_cli("finetune", folder, *words, *scenario, *training, "-o", tmp_path / "run")
+    assert done.code == 0, done.stderr
+    before = json.loads(done.stdout)["metrics"]["val"]
+    again = json.loads(run_cli("evaluate", tmp_path / "run", "--json").stdout)
+    assert again["top1_accuracy"] == before["top1_accuracy"]
+    assert again["log_loss"] == pytest.approx(before["log_loss"], rel=1e-4)
+    assert "stored" not in again
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -141,7 +141,7 @@ def test_another_number_type_does_not_take_the_place_of_the_stored_figures(folde
     document, _, _ = evaluate(run, dtype="bf16")
     assert document["stored"] is False
     assert document["computed"] == {"device": "cpu", "prefix": "bf16", "suffix": None}
-    assert "is kept: the run computes in fp32 on cpu" in caplog.text
+    assert "is kept: this one was computed in bf16 on cpu, the run's own in fp32 on cpu" in caplog.text
     assert before == ((run / "evaluation-val.json").read_bytes(), (run / "predictions-val.csv").read_bytes())
     document, _, _ = evaluate(run)
     assert "stored" not in document
@@ -154,7 +154,7 @@ def test_other_images_or_another_device_do_not_either(folder, caplog):
     facts = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**facts, "device": {"name": "cuda:0", "reason": "found"}}))
     assert evaluate(run)[0]["stored"] is False
-    assert "the run computes in fp32 on cuda:0" in caplog.text
+    assert "the run's own in fp32 on cuda:0" in caplog.text
     (run / "run.json").write_text(json.dumps(facts))
     (folder / rows_of(run)[0]["file"]).unlink()
     document, _, _ = evaluate(run)

@@ -164,7 +164,7 @@ def _stored(run: Run, split: str, evaluation: Evaluation) -> bool:
     """Store an evaluation in its run; return whether that was done."""
     if reason := why_kept(run.path, split, evaluation.document, run.facts):
         path = run.path / f"evaluation-{split}.json"
-        warn("figures_kept", f"the stored {path} is kept: {reason}; remove it to store this one")
+        warn("figures_kept", f"{path} is kept: {reason}; remove the file to store this one")
         return False
     try:
         write_evaluation(run.path, split, evaluation)

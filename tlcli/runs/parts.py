@@ -26,7 +26,8 @@ def rows_extractor(run: Run, *, device: str = "auto", dtype: str = "auto") -> Ex
     backbone, facts = run.backbone(), run.facts
     if dtype != "auto":
         return Extractor(backbone, device=device, dtype=dtype)
-    row_dtype, name = facts["options"].get("cache-dtype", "auto"), facts["dtype"]["name"]
+    row_dtype = facts["options"].get("cache-dtype", "auto")
+    name = facts["dtype"].get("prefix") or facts["dtype"]["name"]  # bf16 may have been refused by the network
     frozen = "all" if not run.trains_units else str(facts["backbone"]["num_frozen_units"])
     if frozen == "0":  # what is trained takes the images, which are not rounded
         row_dtype, name = "fp32", "fp32"

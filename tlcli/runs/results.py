@@ -41,11 +41,13 @@ def why_kept(run_dir: Path, split: str, found: dict[str, Any], facts: dict[str, 
     stored = read_json(path)
     if "digest" not in stored or "prefix" not in facts["dtype"]:  # of 0.2.0, which stored neither
         same = all(stored.get(name) == found[name] for name in ("num_images", "top1_accuracy"))
-        return "" if same else "it has other figures"
+        return "" if same else "this one has other figures"
     if found["digest"] != stored["digest"]:
-        return "it is of other images"
+        return "this one is of other images"
     own = {"device": facts["device"]["name"], **{name: facts["dtype"][name] for name in PARTS}}
-    return "" if found["computed"] == own else f"the run computes in {_words(own)}"
+    if found["computed"] == own:
+        return ""
+    return f"this one was computed in {_words(found['computed'])}, the run's own in {_words(own)}"
 
 
 def _words(computed: dict[str, Any]) -> str:
