@@ -20,6 +20,7 @@ from tlcli.data.split import (
     listing_rows,
     map_threads,
 )
+from tlcli.errors import DataError, UsageError
 from tlcli.progress import Silent
 
 Image = tuple[str | None, int, str | None]  # content, class, group
@@ -39,6 +40,13 @@ def divided(images: list[Image], fraction: float = 0.2, seed: int = 0, prefix: s
     return assign_splits(samples, prints, val_fraction=fraction, split_seed=seed)
 
 
+def with_test(images: list[Image], test: float, seed: int = 0, val: float = 0.2) -> list[str]:
+    """Return the splits with a test fraction."""
+    samples = [Sample(f"/{n}", str(n), label, None, group) for n, (_, label, group) in enumerate(images)]
+    prints = [Fingerprint(sha256, 1, None if sha256 else "bad") for sha256, _, _ in images]
+    return assign_splits(samples, prints, val_fraction=val, split_seed=seed, test_fraction=test)
+
+
 def plain(number: int, classes: int = 3) -> list[Image]:
     return [(content(index), index % classes, None) for index in range(number)]
 
@@ -51,6 +59,52 @@ IMAGES = st.lists(
     ),
     max_size=40,
 )
+
+
+@given(images=IMAGES, seed=st.integers(0, 5), fraction=st.sampled_from([0.01, 0.2, 0.5]))
+@settings(max_examples=100, deadline=None)
+def test_a_test_fraction_takes_of_train_alone_and_whole_groups(
+    images: list[Image], seed: int, fraction: float
+) -> None:
+    before, splits = divided(images, seed=seed), with_test(images, fraction, seed)
+    assert all(new == old or (old, new) == ("train", "test") for old, new in zip(before, splits, strict=True))
+    for label in {label for content, label, _ in images if content}:
+        mine = [
+            split for (found, own, _), split in zip(images, splits, strict=True) if found and own == label
+        ]
+        assert "train" in mine
+    for place in (0, 2):  # of one content, and of one group
+        sides: dict[str, set[str]] = {}
+        for image, split in zip(images, splits, strict=True):
+            if image[place] is not None:
+                sides.setdefault(str(image[place]), set()).add(split)
+        assert all(len(found) == 1 for found in sides.values())
+
+
+def test_a_test_fraction_is_its_share_and_adding_files_moves_none() -> None:
+    images = plain(3_000)
+    splits = with_test(images, 0.3)
+    assert 0.27 < splits.count("test") / 3_000 < 0.33
+    assert with_test(plain(4_000), 0.3)[:3_000] == splits
+
+
+def test_every_class_that_can_has_a_test_image() -> None:
+    images = [(content(number), number // 3, None) for number in range(60)]
+    before, splits = divided(images), with_test(images, 0.2)
+    for start in range(0, 60, 3):
+        had, has = Counter(before[start : start + 3]), Counter(splits[start : start + 3])
+        assert has["val"] == had["val"] >= 1
+        assert has["train"] >= 1
+        assert has["test"] >= (had["train"] > 1)
+
+
+def test_a_test_fraction_is_refused_where_there_is_a_test_split_or_no_train_is_left() -> None:
+    samples = [Sample(f"/{n}", str(n), 0, "test" if n else "train") for n in range(4)]
+    prints = [Fingerprint(content(n), 1, None) for n in range(4)]
+    with pytest.raises(DataError, match="has one"):
+        assign_splits(samples, prints, val_fraction=0.2, split_seed=0, test_fraction=0.2)
+    with pytest.raises(UsageError, match="nothing to train on"):
+        with_test(plain(9), 0.6, val=0.4)
 
 
 @given(images=IMAGES, seed=st.integers(0, 5), fraction=st.sampled_from([0.01, 0.2, 0.5, 0.9]))

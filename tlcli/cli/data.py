@@ -46,7 +46,11 @@ def check(out: Output, config: DataCheckConfig) -> None:
             examined = examine(dataset.samples, workers, out.progress)
     fingerprints = [item.fingerprint for item in examined]
     splits = assign_splits(
-        dataset.samples, fingerprints, val_fraction=config.val_fraction, split_seed=config.split_seed
+        dataset.samples,
+        fingerprints,
+        val_fraction=config.val_fraction,
+        split_seed=config.split_seed,
+        test_fraction=config.test_fraction,
     )
     if config.limit_per_class is not None:
         kept = limit_per_class(dataset.samples, fingerprints, splits, config.limit_per_class)
@@ -80,7 +84,11 @@ def split(out: Output, config: DataSplitConfig) -> None:
     samples = dataset.samples
     fingerprints = fingerprint(samples, config.num_workers, out.progress)
     splits = assign_splits(
-        samples, fingerprints, val_fraction=config.val_fraction, split_seed=config.split_seed
+        samples,
+        fingerprints,
+        val_fraction=config.val_fraction,
+        split_seed=config.split_seed,
+        test_fraction=config.test_fraction,
     )
     kept: Sequence[int] = range(len(samples))
     if config.limit_per_class is not None:

@@ -28,6 +28,12 @@ class DataOptions(Options):
         minimum=0.01,
         maximum=0.9,
     )
+    test_fraction: float = option(
+        0.0,
+        "Share of the training images held out as test, for a figure that nothing was chosen on.",
+        minimum=0.0,
+        maximum=0.9,
+    )
     split_seed: int = option(0, "Changes which images the content hash sends to val.", minimum=0)
     limit_per_class: int | None = option(
         None,

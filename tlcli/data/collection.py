@@ -88,7 +88,11 @@ def collect(
         warn(warning.code, warning.message)
     fingerprints = fingerprint(dataset.samples, workers, progress)
     splits = assign_splits(
-        dataset.samples, fingerprints, val_fraction=options.val_fraction, split_seed=options.split_seed
+        dataset.samples,
+        fingerprints,
+        val_fraction=options.val_fraction,
+        split_seed=options.split_seed,
+        test_fraction=options.test_fraction,
     )
     _warn_of_copies(dataset.samples, fingerprints, splits)
     named = any(sample.split in {"val", "test"} for sample in dataset.samples)

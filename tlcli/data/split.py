@@ -7,6 +7,8 @@ moves old ones, and copies of an image are always on the same side. The exceptio
 - A class with two or more different images but none in val gives the one with the lowest hash.
 - A class whose images all fell in val gets the one with the highest hash back, since train owns the classes.
 - Groups that share an image count as one group.
+
+With a test fraction the images with the highest hashes are test, by the same rules.
 """
 
 import hashlib
@@ -20,6 +22,7 @@ from typing import TypeVar
 from tlcli.data.dataset import Dataset, Sample
 from tlcli.data.image_files import DecodeError, read_bytes
 from tlcli.data.listing import Row, spreadsheet_cell
+from tlcli.errors import DataError, UsageError
 from tlcli.progress import Progress
 
 T = TypeVar("T")
@@ -79,31 +82,55 @@ def digest(data: bytes) -> Fingerprint:
 
 
 def assign_splits(
-    samples: Sequence[Sample], fingerprints: Sequence[Fingerprint], *, val_fraction: float, split_seed: int
+    samples: Sequence[Sample],
+    fingerprints: Sequence[Fingerprint],
+    *,
+    val_fraction: float,
+    split_seed: int,
+    test_fraction: float = 0.0,
 ) -> list[str]:
     """Return "train", "val" or "test" for every sample, unreadable ones included.
 
-    Splits that the data names are kept. If it names any val image, nothing more is held out. Otherwise the
-    train pool (blank or train) is divided by the rule at the top of this module. Unreadable images have no
-    content to hash and stay in train unless their group goes to val.
+    Splits that the data names are kept. Where it names no val image, the train pool (blank or train) is
+    divided by the rule at the top of this module. A test split is held out only when asked for: of what then
+    is train, the images with the highest hashes, so that val stays what it is. Unreadable images have no
+    content to hash and stay in train unless their group goes elsewhere.
 
     Args:
         samples: All of the data set.
         fingerprints: One a sample, in the same order.
         val_fraction: Share of the pool to hold out, in [0, 1].
         split_seed: Changes which images are held out.
+        test_fraction: Share of the pool to hold out as test, in [0, 1 - val_fraction).
+
+    Raises:
+        DataError: A test split is asked for, and the data names one.
+        UsageError: The fractions leave nothing to train on.
     """
     splits = [sample.split or "train" for sample in samples]
-    if "val" in splits:
-        return splits
-    pool = [index for index, split in enumerate(splits) if split == "train"]
-    blocks = _blocks(samples, fingerprints, pool)
-    draws = {block: _draw(block, split_seed) for block in blocks}
-    held_out = {block for block, draw in draws.items() if draw < val_fraction}
-    _adjust(_Stock(samples, fingerprints, blocks), draws, held_out)
-    for block in held_out:
-        for index in blocks[block]:
-            splits[index] = "val"
+    if test_fraction and "test" in splits:
+        raise DataError(
+            f"--test-fraction {test_fraction:g} would hold out a test split, and the data has one.",
+            hint="Leave --test-fraction out.",
+        )
+    if "val" not in splits and val_fraction + test_fraction >= 1:
+        raise UsageError(
+            f"--val-fraction {val_fraction:g} and --test-fraction {test_fraction:g} leave nothing to train on.",
+            hint="Let their sum be below 1.",
+        )
+    wanted = [] if "val" in splits else [("val", val_fraction)]
+    wanted += [("test", test_fraction)] if test_fraction else []
+    for name, fraction in wanted:
+        pool = [index for index, split in enumerate(splits) if split == "train"]
+        blocks = _blocks(samples, fingerprints, pool)
+        draws = {block: _draw(block, split_seed) for block in blocks}
+        if name == "test":
+            draws = {block: 1 - draw for block, draw in draws.items()}
+        held_out = {block for block, draw in draws.items() if draw < fraction}
+        _adjust(_Stock(samples, fingerprints, blocks), draws, held_out)
+        for block in held_out:
+            for index in blocks[block]:
+                splits[index] = name
     return splits
 
 
