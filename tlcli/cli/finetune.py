@@ -81,6 +81,8 @@ def _rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             ("trained", f"{counted(training['epochs'], 'epoch')}, {counted(training['steps'], 'step')}")
         )
+        if training.get("share_of_zeros") is not None:
+            rows.append(("zeros", f"{100 * training['share_of_zeros']:.1f} % of the trained weights"))
         if continued := document.get("continued"):
             rows.append(("continued", f"after epoch {continued['after_epoch']}, with a new schedule"))
         if training["selected_on"]:

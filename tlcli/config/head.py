@@ -119,7 +119,10 @@ class HeadOptions(Options):
         parse=_auto_or_numbers(1e-8, 10.0),
     )
     l1: float = option(
-        0.0, "l1 penalty; makes weights exactly zero. Try 1e-5 where a sparse network is wanted.", minimum=0.0
+        0.0,
+        "l1 penalty; makes weights exactly zero. Try 1e-3 where a sparse network is wanted, 1e-2 for more "
+        "zeros.",
+        minimum=0.0,
     )
     max_norm: float = option(
         0.0,

@@ -70,6 +70,7 @@ class TrainedBackbone:
             "steps": self.result.steps,
             "lr": self.result.lr,
             "best_epoch": self.result.best_epoch,
+            "share_of_zeros": self.result.share_of_zeros,
             "probe": probe,
             "publication": self.publication.document(),
         }

@@ -53,6 +53,7 @@ class Trained:
         steps: Optimiser steps.
         lr: Peak learning rate.
         best_epoch: The epoch whose weights were kept because val was best; None when the last one's were.
+        share_of_zeros: Of the weights that --l1 acts on; None without it.
         seconds: Wall time, of this process alone when resumed.
     """
 
@@ -60,6 +61,7 @@ class Trained:
     steps: int
     lr: float
     best_epoch: int | None
+    share_of_zeros: float | None
     seconds: float
 
 
@@ -99,7 +101,8 @@ def train(
     counters, selection = loop.counters, loop.selection
     return Trained(
         counters.history, loop.first_step + counters.step, counters.lr,
-        selection.best_epoch if recipe.patience else None, time.perf_counter() - started,
+        selection.best_epoch if recipe.patience else None,
+        loop.stepper.penalties.share_of_zeros() if recipe.l1 else None, time.perf_counter() - started,
     )  # fmt: skip
 
 
