@@ -23,6 +23,7 @@ VOLATILE = {
         "tlcli_version",
         "versions",
         "reason",
+        "norm_reason",
         "predicted_seconds",
         "free_bytes",
         "licenses",
