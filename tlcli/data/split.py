@@ -115,7 +115,8 @@ def assign_splits(
         )
     if "val" not in splits and val_fraction + test_fraction >= 1:
         raise UsageError(
-            f"--val-fraction {val_fraction:g} and --test-fraction {test_fraction:g} leave nothing to train on.",
+            f"--val-fraction {val_fraction:g} and --test-fraction {test_fraction:g} leave nothing to train "
+            "on.",
             hint="Let their sum be below 1.",
         )
     wanted = [] if "val" in splits else [("val", val_fraction)]

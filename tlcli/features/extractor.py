@@ -118,11 +118,9 @@ class Extractor:
     @property
     def number_types(self) -> dict[str, str | None]:
         """Return what frozen units and those after them compute in: fp32, bf16, or None where none are."""
-        frozen, trained = self.cut.num_frozen_units, not isinstance(self.cut.suffix, nn.Identity)
-        return {
-            "prefix": self.fast.facts["dtype"] if frozen else None,
-            "suffix": "fp32" if trained else None,
-        }
+        trained = not isinstance(self.cut.suffix, nn.Identity)
+        prefix = self.fast.facts["dtype"] if self.cut.num_frozen_units else None
+        return {"prefix": prefix, "suffix": "fp32" if trained else None}
 
     @property
     def reason(self) -> str:

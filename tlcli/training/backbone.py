@@ -241,8 +241,7 @@ def _publication(plan: TrainingPlan, parts: Parts, before: _Logits | None, after
     )  # fmt: skip
     found = publish(comparison, insist=plan.insist)
     logger.info("%s", found.sentence())
-    for code, text in found.warnings():
-        warn(code, text)
+    found.give_warnings()
     return found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tlcli.metrics.intervals import Interval, paired_interval
+from tlcli.warned import warn
 
 Name = Literal["probe", "trained", "earlier"]
 WORDS = {"probe": "the linear probe it started from", "earlier": "the run it went on from"}
@@ -138,24 +139,26 @@ class Publication:
         }[self.published]  # fmt: skip
         return f"training lost: {found.figures()}; {published}"
 
-    def warnings(self) -> list[tuple[str, str]]:
-        """Return (code, message) of what the user should know about the choice."""
+    def give_warnings(self) -> None:
+        """Warn of a training that lost, and of a gain that may be chance."""
         found = self.comparison
         if found is None:
-            return []
+            return
         text = self.sentence().capitalize()
         if not found.won:
-            code = "below_earlier" if found.start.name == "earlier" else "below_probe"
-            return [(code, f"{text}. Try a lower --lr, more --epochs or a larger --freeze.")]
-        if found.interval.low <= 0 and found.start.name == "probe" and not found.balanced:
+            advice = f"{text}. Try a lower --lr, more --epochs or a larger --freeze."
+            if found.start.name == "earlier":
+                warn("below_earlier", advice)
+            else:
+                warn("below_probe", advice)
+        elif found.interval.low <= 0 and found.start.name == "probe" and not found.balanced:
             low, high = found.interval.low, found.interval.high
-            return [(
+            warn(
                 "not_better_than_probe",
                 f"{text}. A gain of {100 * found.gain:.1f} points (95 % interval {100 * low:.1f} to "
                 f"{100 * high:.1f}) may be chance: --freeze all may do as well, and more val images would "
                 "tell.",
-            )]  # fmt: skip
-        return []
+            )
 
 
 def candidate(name: Name, logits: Tensor, labels: Tensor) -> Candidate:
