@@ -118,9 +118,8 @@ class Extractor:
     @property
     def number_types(self) -> dict[str, str | None]:
         """Return what frozen units and those after them compute in: fp32, bf16, or None where none are."""
-        trained = not isinstance(self.cut.suffix, nn.Identity)
         prefix = self.fast.facts["dtype"] if self.cut.num_frozen_units else None
-        return {"prefix": prefix, "suffix": "fp32" if trained else None}
+        return {"prefix": prefix, "suffix": None if isinstance(self.cut.suffix, nn.Identity) else "fp32"}
 
     @property
     def reason(self) -> str:
