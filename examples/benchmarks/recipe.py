@@ -4,7 +4,8 @@
     python examples/benchmarks/recipe.py --assets ASSETS --quick      a minute: shows that it runs
     python examples/benchmarks/recipe.py --summary                    the bars, from the rows there are
 
-and, for the last bar, in a checkout of 0.2.0 with the same environment and the same --output:
+On a CPU two processes with one thread each (OMP_NUM_THREADS=1, --part 1/2 and 2/2) do more than one with two.
+And, for the last bar, in a checkout of 0.2.0 with the same environment and the same --output:
 
     PYTHONPATH=CHECKOUT python examples/benchmarks/recipe.py --assets ASSETS --label 0.2.0
 
@@ -279,11 +280,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("recipe.csv"), help="a row a training")
     parser.add_argument("--label", default="now", help="of the code that is measured; another than now: old")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--part", default="1/1", metavar="I/N", help="of the trainings, for N processes at once"
+    )
     parser.add_argument("--quick", action="store_true", help="two trainings")
     parser.add_argument("--summary", action="store_true", help="train nothing")
     options = parser.parse_args()
     done = {row.cell for row in rows_of(options.output)}
-    wanted = [] if options.summary else [cell for cell in cells(options) if cell not in done]
+    number, count = map(int, options.part.split("/"))
+    mine = list(cells(options))[number - 1 :: count]
+    wanted = [] if options.summary else [cell for cell in mine if cell not in done]
     folder = Path(tempfile.mkdtemp())
     try:
         for cell in wanted[:2] if options.quick else wanted:
