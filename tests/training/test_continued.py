@@ -30,12 +30,16 @@ def folder(make_images, tmp_path):
 
 
 def config(folder, output, **options):
-    fixed = {"folds": 2, "head_init": "probe", "batch_size": 8, "amp": "none", "augment": "light"}
+    fixed = {"folds": 2, "head_init": "probe", "batch_size": 8, "amp": "none", "augment": "light",
+             "publish": "trained"}  # fmt: skip
     return tiny(FinetuneConfig, folder, output=str(output), **{**fixed, **options})
 
 
 def lines_of(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Return the epochs that were trained; the probe is epoch 0 and stays where it is."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if not line["epoch"]] in ([], [0])
+    return [line for line in lines if line["epoch"]]
 
 
 def facts_of(run):

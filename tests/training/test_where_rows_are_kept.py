@@ -40,13 +40,14 @@ def trained(folder, monkeypatch, where, **options):
         "augment": "light",
         "head_init": "probe",
         "folds": 2,
+        "publish": "trained",
     }
     config = tiny(FinetuneConfig, folder, **{**fixed, "cache": "auto" if forced else where, **options})
     result = finetuned(config)
     facts = json.loads((result.run_path / "run.json").read_text())
     lines = [json.loads(line) for line in (result.run_path / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        del line["seconds"]
+        line.pop("seconds", None)
     network = open_run(str(result.run_path)).backbone().model.state_dict()
     head = (result.run_path / "model.safetensors").read_bytes()
     return network, head, facts, lines

@@ -89,7 +89,7 @@ def pinned(run_cli, name: str) -> dict:
 def missing(old: object, new: object, where: str = "", *, values: bool = True) -> list[str]:
     """Return what of an old document a new one lacks or says otherwise; more fields are fine.
 
-    Without `values` only the presence and the types of fields are compared.
+    Without `values` only the presence and the types of fields are compared; what was null may be something.
     """
     if isinstance(old, dict):
         if not isinstance(new, dict):
@@ -98,7 +98,7 @@ def missing(old: object, new: object, where: str = "", *, values: bool = True) -
         for key in old.keys() & new.keys():
             plain = not isinstance(old[key], dict | list)
             if key in VOLATILE or key.endswith(("_seconds", "_path")) or (plain and not values):
-                if kind(old[key]) != kind(new[key]):
+                if kind(old[key]) != kind(new[key]) and (values or old[key] is not None):
                     found.append(f"{where}.{key}: was {old[key]!r}, now {new[key]!r}")
             else:
                 found += missing(old[key], new[key], f"{where}.{key}", values=values)
@@ -162,7 +162,9 @@ def test_a_stored_configuration_repeats_the_run(release, run_cli, name):
     found = now(run_cli, "finetune", "--config", config, "-o", f"again/{name}")
     old = document(release, f"finetune-{name}")
     assert found["features"]["rows_computed"] == 0
-    assert missing(old | {"run_path": found["run_path"]}, found) == []
+    # The recipe of a short training follows its steps since, so its figures are others.
+    values = "training" not in old
+    assert missing(old | {"run_path": found["run_path"]}, found, values=values) == []
 
 
 # Fields whose meaning changed since: the schema's number says so.
@@ -177,7 +179,8 @@ OTHERS = sorted(name for name in COMMANDS if not name.startswith(("extract", "ev
 def test_the_documents_of_every_command_keep_their_fields(release, run_cli, name):
     # The demo's figures are those of the bundled backbone, which a release may train anew.
     old = document(release, name) | CHANGED.get(name, {})
-    assert missing(old, pinned(run_cli, name), values=name != "demo") == []
+    others = {"demo", "finetune-freeze", "finetune-full"}  # their recipe follows the steps since
+    assert missing(old, pinned(run_cli, name), values=name not in others) == []
 
 
 @pytest.mark.parametrize(

@@ -439,9 +439,9 @@ def _trained_facts(plan: FinetunePlan, trained: TrainedBackbone) -> dict[str, An
     training = {**trained.document(), "selected_on": selected_on}
     if plan.training.continued is not None:  # which began from the probe, if from one
         training["probe"] = plan.training.continued.training.get("probe")
-    chosen: Mapping[str, Any] = {"lr": trained.result.lr, "epochs": len(trained.result.history)}
+    chosen: Mapping[str, Any] = {"lr": trained.result.lr, "epochs": training["epochs"]}
     if publication.published == "probe" and trained.probe is not None:
-        chosen = trained.probe.chosen
+        chosen = {**trained.probe.chosen, **chosen}
     head = {
         "kind": "mlp" if plan.config.hidden_sizes else "linear",
         "chosen": chosen,

@@ -106,7 +106,7 @@ class Extractor:
         self.views_spec: dict[str, Any] | None = {**self.spec, **views.key_facts()} if views else None
         mean = torch.tensor(backbone.preprocess.mean, device=self.device).view(1, 3, 1, 1)
         std = torch.tensor(backbone.preprocess.std, device=self.device).view(1, 3, 1, 1)
-        self._scale, self._shift = 1 / (255 * std), -mean / std
+        self.scale, self.shift = 1 / (255 * std), -mean / std
         on_cpu = round(CPU_BATCH * 224 * 224 / (size[0] * size[1]))
         self.batch_size = max(1, min(MAX_CPU_BATCH, on_cpu)) if self.device.type == "cpu" else GPU_BATCH
 
@@ -209,13 +209,13 @@ class Extractor:
         other.spec = {**self.spec, **changes}
         other.views_spec = {**self.views_spec, **changes} if self.views_spec else None
         if pixels:
-            other._scale, other._shift = torch.ones_like(self._scale), torch.zeros_like(self._shift)
+            other.scale, other.shift = torch.ones_like(self.scale), torch.zeros_like(self.shift)
         return other
 
     def normalise(self, images: Tensor) -> Tensor:
         """Return uint8 images [n, 3, h, w] as the prefix takes them: float32, on the device."""
         pixels = in_memory_format(images.to(self.device, non_blocking=True), self.fast.channels_last)
-        return torch.addcmul(self._shift, pixels.float(), self._scale)
+        return torch.addcmul(self.shift, pixels.float(), self.scale)
 
     def compute(self, samples: Sequence[Sample], workers: int) -> Iterator[Batch]:
         """Yield the plain rows of `samples` in batches, in order; see `compute_items`."""

@@ -10,6 +10,9 @@ from tlcli.wording import counted, printable
 def model_card(facts: Mapping[str, Any]) -> str:
     """Return the README.md of a run: what it is, how good it is, how to use it."""
     backbone, data, head = facts["backbone"], facts["data"], facts["head"]
+    chosen = dict(head["chosen"] or {})
+    if ((facts.get("training") or {}).get("publication") or {}).get("published") == "probe":
+        chosen = {name: value for name, value in chosen.items() if name not in {"lr", "epochs"}}
     name = backbone["name"].rstrip("/").rpartition("/")[2]  # of a local folder without where it lies
     lines = [
         "---",
@@ -26,8 +29,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         + (" ..." if len(facts["class_names"]) > 50 else ""),
         f"- Images: {', '.join(f'{count} {name}' for name, count in data['num_images'].items() if count)}",
         f"- Backbone: {backbone['architecture']}, licence {backbone['license'] or 'not stated'}",
-        "- Head: "
-        + ", ".join([head["kind"], *(f"{long_name(k)} {v}" for k, v in (head["chosen"] or {}).items())]),
+        "- Head: " + ", ".join([head["kind"], *(f"{long_name(k)} {v}" for k, v in chosen.items())]),
         *_training_line(facts),
     ]
     for name, found in facts["metrics"].items():

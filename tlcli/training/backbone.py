@@ -66,7 +66,7 @@ class TrainedBackbone:
         if self.probe is not None:
             probe = {"chosen": self.probe.chosen, "val_top1_accuracy": self.probe_accuracy}
         return {
-            "epochs": len(self.result.history),
+            "epochs": self.result.history[-1]["epoch"],
             "steps": self.result.steps,
             "lr": self.result.lr,
             "best_epoch": self.result.best_epoch,
