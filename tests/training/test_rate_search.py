@@ -96,7 +96,7 @@ def test_the_search_goes_on_where_the_best_rate_is_at_an_edge(monkeypatch):
         return 1 + abs(torch.tensor(peak / base).log2().item() - wanted)
 
     monkeypatch.setattr(RateSearch, "_loss_after", loss)
-    base = recipe(lr="auto").usual_lr * 15 / 200  # 3 epochs of 5 steps
+    base = recipe(lr="auto").usual_lr * 15 / 50  # 3 epochs of 5 steps
     for wanted in (-7, -3, 0, 1, 6):
         trained = train(network(), recipe(lr="auto"), Points().samples(), None, setting())
         assert trained.lr == pytest.approx(base * 2**wanted)

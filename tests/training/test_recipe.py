@@ -84,12 +84,26 @@ def test_random_weights_have_no_features_to_probe():
     assert recipe(random_init=True).head_init == "random"
 
 
-def test_batch_norm_follows_the_data_only_where_batches_and_data_allow_it():
-    assert recipe(num_train=1_000).norm == "train"
-    assert recipe(num_train=100).norm == "frozen"
-    assert recipe(num_train=1_000, batch_size=4).norm == "frozen"
-    assert recipe(num_train=1_000, batch_size=32, num_processes=4).norm == "frozen"
+def test_batch_norm_follows_the_data_only_where_batches_steps_and_data_allow_it():
+    assert recipe(num_train=10_000).norm == "train"
+    assert recipe(num_train=4_000).norm == "frozen"
+    assert recipe(num_train=10_000, epochs=1, batch_size=64).norm == "frozen"
+    assert "156 steps" in recipe(num_train=10_000, epochs=1, batch_size=64).norm_reason
+    assert recipe(num_train=10_000, batch_size=4).norm == "frozen"
+    assert recipe(num_train=10_000, batch_size=32, num_processes=4).norm == "frozen"
     assert "4" in recipe(batch_size=4).norm_reason
+    assert recipe(num_train=100, scenario="scratch").norm == "train"
+
+
+def test_a_short_training_from_a_probe_has_a_low_rate_and_one_from_random_weights_has_not():
+    rates = [recipe(num_train=320, epochs=epochs).lr for epochs in (1, 2, 3, 100)]
+    assert rates == sorted(rates)
+    assert rates[1] == pytest.approx(2 * rates[0])
+    assert rates[-1] == recipe(epochs=30).usual_lr
+    assert rates[0] < rates[-1] / 2
+    for options in ({"random_init": True}, {"head_init": "random"}, {"scenario": "scratch"}):
+        found = recipe(num_train=320, epochs=1, **options)
+        assert found.lr == found.usual_lr
 
 
 def test_the_rate_grows_with_the_batch_and_shrinks_without_batch_norm():

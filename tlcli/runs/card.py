@@ -54,7 +54,7 @@ def _training_line(facts: Mapping[str, Any]) -> list[str]:
         return []
     publication = training.get("publication") or {}
     if publication.get("published") == "probe":
-        return [f"- Training: {publication['sentence'].capitalize()}."]
+        return [f"- {publication['sentence'].capitalize()}."]
     count = facts["backbone"].get("num_frozen_units")
     augmentation = recipe.get("augmentation") or {}
     rate = training.get("lr") or recipe.get("lr")

@@ -240,8 +240,8 @@ def _publication(plan: TrainingPlan, parts: Parts, before: _Logits | None, after
         parts.selected_on, balanced="balanced" in (recipe.class_weights, recipe.sampling),
     )  # fmt: skip
     found = publish(comparison, insist=plan.insist)
-    logger.info("%s", found.sentence())
-    found.give_warnings()
+    if not found.give_warnings():
+        logger.info("%s", found.sentence())
     return found
 
 

@@ -139,11 +139,11 @@ class Publication:
         }[self.published]  # fmt: skip
         return f"training lost: {found.figures()}; {published}"
 
-    def give_warnings(self) -> None:
-        """Warn of a training that lost, and of a gain that may be chance."""
+    def give_warnings(self) -> bool:
+        """Warn of a training that lost, or whose gain may be chance; return whether there was need."""
         found = self.comparison
         if found is None:
-            return
+            return False
         text = self.sentence().capitalize()
         if not found.won:
             advice = f"{text}. Try a lower --lr, more --epochs or a larger --freeze."
@@ -159,6 +159,9 @@ class Publication:
                 f"{100 * high:.1f}) may be chance: --freeze all may do as well, and more val images would "
                 "tell.",
             )
+        else:
+            return False
+        return True
 
 
 def candidate(name: Name, logits: Tensor, labels: Tensor) -> Candidate:

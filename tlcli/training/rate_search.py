@@ -64,7 +64,7 @@ class RateSearch:
             total_steps: Optimiser steps of the whole training.
         """
         recipe = self.stepper.recipe
-        base = recipe.usual_lr * rate_by_steps(len(batches), recipe.head_init)
+        base = recipe.usual_lr * rate_by_steps(len(batches), recipe.scenario, recipe.head_init)
         losses: dict[float, float] = {}
 
         def try_out(*multiples: float) -> float:
@@ -87,7 +87,7 @@ class RateSearch:
                 "--lr auto found no learning rate at which training does not diverge.",
                 hint="Give --lr, or add --clip-grad 1.",
             )
-        return recipe.usual_lr * rate_by_steps(total_steps, recipe.head_init) * best
+        return recipe.usual_lr * rate_by_steps(total_steps, recipe.scenario, recipe.head_init) * best
 
     def _loss_after(self, batches: list[list[int]], held_out: list[int], whole: int, peak: float) -> float:
         """Return the loss on held-out samples after a short training; everything is put back."""

@@ -18,8 +18,8 @@ from tlcli.wording import counted
 # Optimiser steps that a default training takes, by scenario, and the epochs it stays within.
 STEPS = {"freeze": 400, "full": 400, "scratch": 4_000}
 EPOCHS = {"freeze": (8, 30), "full": (8, 30), "scratch": (30, 120)}
-ADAPTIVE_LR = {"freeze": 2e-3, "full": 2e-3, "scratch": 2e-3}  # at a batch of 32, grows with its square root
-SGD_LR = {"freeze": 0.02, "full": 0.02, "scratch": 0.1}  # at a batch of 32, grows with the batch
+ADAPTIVE_LR = {"freeze": 2e-3, "full": 1e-3, "scratch": 2e-3}  # at a batch of 32, grows with its square root
+SGD_LR = {"freeze": 0.02, "full": 0.01, "scratch": 0.1}  # at a batch of 32, grows with the batch
 TRANSFORMER_FACTOR = 0.1  # of the learning rate: networks without batch norm diverge at a CNN's rate
 LAYER_DECAY = {"freeze": 0.95, "full": 0.9, "scratch": 1.0}
 WEIGHT_DECAY = {"freeze": 0.02, "full": 0.02, "scratch": 0.05}
@@ -28,9 +28,9 @@ WARMUP_EPOCHS = 5.0
 WARMUP_STEPS = 20
 LABEL_SMOOTHING = 0.1
 NORM_MIN_BATCH = 16  # images a process: fewer make the statistics of a batch too noisy
-NORM_MIN_IMAGES = 500
+NORM_MIN_IMAGES = 5_000
 NORM_MIN_STEPS = 300
-FULL_RATE_STEPS = 200
+FULL_RATE_STEPS = {"freeze": 100, "full": 50}  # fewer take a part of the rate, see rate_by_steps
 LARGE = 20_000  # images, BiT's border between small and medium
 
 
@@ -180,10 +180,10 @@ def _learning_rate(config: FinetuneConfig, usual: float, steps: int) -> float | 
         return None
     if config.lr is not None:
         return _only(config.lr_values)
-    return usual * rate_by_steps(steps, head_init(config))
+    return usual * rate_by_steps(steps, config.resolved_scenario(), head_init(config))
 
 
-def rate_by_steps(steps: int, start: str) -> float:
+def rate_by_steps(steps: int, scenario: Scenario, start: str) -> float:
     """Return the share of the usual learning rate that suits a training of so many steps, in (0, 1].
 
     A network that starts from its probe first gets worse before it gets better, the more so the higher the
@@ -191,11 +191,12 @@ def rate_by_steps(steps: int, start: str) -> float:
 
     Args:
         steps: Optimiser steps.
+        scenario: freeze, full or scratch.
         start: probe, or random: a random head has nothing to lose.
     """
-    if start == "random":
+    if start == "random" or scenario == "scratch":
         return 1.0
-    return min(1.0, steps / FULL_RATE_STEPS)
+    return min(1.0, steps / FULL_RATE_STEPS[scenario])
 
 
 def _usual_rate(config: FinetuneConfig, scenario: Scenario, batch: int, has_batch_norm: bool) -> float:
