@@ -147,9 +147,9 @@ def trained_with(config: Any) -> dict[str, Any]:
 
     loop, whole = training.train, getattr(place, name)
 
-    def without_val(network: Any, recipe: Any, data: Any, val: Any, setting: Any) -> Any:
+    def without_val(network: Any, recipe: Any, data: Any, val: Any, setting: Any, *more: Any) -> Any:
         found.update(recipe=recipe, num_train=len(data.labels), labels=val.labels)
-        return loop(network, recipe, data, None, setting)
+        return loop(network, recipe, data, None, setting, *more)
 
     def kept(plan: Any, config: Any, train: Any, val: Any, writer: Any, progress: Any) -> Any:
         found["files"] = [sample.path for sample in val.samples]
