@@ -5,12 +5,19 @@ import copy
 import pytest
 import timm
 import torch
+from scipy.optimize import minimize_scalar
 from torch import nn
 
 from tlcli.backbones.cut import cut_at
 from tlcli.config.head import HeadOptions
 from tlcli.heads.linear import LinearHead
-from tlcli.training.network import MlpClassifier, Network, fp32_where_bf16_is_slow, make_network
+from tlcli.training.network import (
+    MlpClassifier,
+    Network,
+    fp32_where_bf16_is_slow,
+    make_network,
+    smoothed_scale,
+)
 
 
 @pytest.fixture
@@ -112,3 +119,38 @@ def test_layers_that_bf16_slows_down_compute_in_fp32_and_are_left_as_they_were()
             assert plain(inputs).dtype == torch.bfloat16
         assert strided(inputs).dtype == torch.bfloat16
     assert "forward" not in vars(strided)
+
+
+# ---- the scale that training starts from ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sure", [0.5, 2.0, 20.0, 1e4])
+@pytest.mark.parametrize("smoothing", [0.05, 0.1, 0.3])
+def test_the_scale_is_where_the_smoothed_loss_is_smallest(sure, smoothing):
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (60,), generator=draw)
+    logits = sure * (nn.functional.one_hot(labels, 4) + 0.5 * torch.randn(60, 4, generator=draw))
+
+    def loss(factor):
+        return float(nn.functional.cross_entropy(factor * logits.double(), labels, label_smoothing=smoothing))
+
+    best = minimize_scalar(loss, bounds=(1e-6, 1.0), method="bounded", options={"xatol": 1e-8})
+    found = smoothed_scale(logits, labels, smoothing)
+    assert 0 < found <= 1
+    assert loss(found) <= best.fun * (1 + 1e-4)
+
+
+def test_without_smoothing_nothing_is_scaled():
+    logits = torch.tensor([[100.0, 0.0], [0.0, 100.0]])
+    assert smoothed_scale(logits, torch.tensor([0, 1]), 0.0) == 1.0
+
+
+@pytest.mark.parametrize("options", [{}, {"head": "mlp:8"}])
+def test_scaled_logits_give_the_same_answers(cut, options):
+    net = make_network(cut.suffix, 96, 3, HeadOptions(**options), dropout=0.0).eval()
+    with torch.no_grad():
+        before = net(rows_of(cut))
+        net.scale_logits(0.25)
+        torch.testing.assert_close(net(rows_of(cut)), 0.25 * before)
+        features = cut.suffix(rows_of(cut))
+    torch.testing.assert_close(net.trained_head().logits(features), 0.25 * before)

@@ -23,7 +23,7 @@ from tlcli.training.continued import load_weights
 from tlcli.training.inputs import ImageInputs, Inputs, RowInputs
 from tlcli.training.loop import Samples, Trained, network_logits, train, val_figures
 from tlcli.training.measure import network_features
-from tlcli.training.network import Network, make_network
+from tlcli.training.network import Network, make_network, smoothed_scale
 from tlcli.training.optimizer import undecayed_names
 from tlcli.training.plan import TrainingPlan
 from tlcli.training.publishing import Comparison, Name, Publication, candidate, held_out, publish
@@ -154,6 +154,9 @@ def train_backbone(
     measured = _Measured(plan, network, parts, val_inputs, workers)
     before = measured.logits() if recipe.head_init != "random" else None
     start = {name: value.clone() for name, value in network.state_dict().items()} if before else {}
+    if probe:
+        logits, labels = probe.head.logits(features), labels_of(parts.train)
+        network.scale_logits(smoothed_scale(logits, labels, recipe.label_smoothing))
     row: list[dict[str, Any]] = []
     if probe and before and before.val is not None:
         row = [{"kind": "epoch", "epoch": 0, "step": 0, **val_figures(before.val, labels_of(val_part))}]
