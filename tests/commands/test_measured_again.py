@@ -70,9 +70,17 @@ def rows_of(run):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("cache", ["always", "never"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("scenario", SCENARIOS)
+CASES = [
+    pytest.param(
+        scenario, dtype, cache, marks=[] if dtype == "bf16" and cache == "always" else pytest.mark.slow
+    )
+    for scenario in SCENARIOS
+    for dtype in ("fp32", "bf16")
+    for cache in ("always", "never")
+]
+
+
+@pytest.mark.parametrize(("scenario", "dtype", "cache"), [*CASES, ("freeze", "fp32", "never")])
 def test_what_training_measured_is_measured_again(folder, measured, scenario, dtype, cache):
     run = run_of(folder, **SCENARIOS[scenario], dtype=dtype, cache=cache)
     facts = json.loads((run / "run.json").read_text())
