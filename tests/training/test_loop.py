@@ -244,6 +244,23 @@ def test_a_diverging_training_says_so():
     assert "--lr" in caught.value.hint
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_divergence_that_shows_on_val_first_says_so_and_keeps_the_last_state(tmp_path, monkeypatch, value):
+    """The loss of the last step was a number; the weights it left give none."""
+    calls = []
+
+    def logits(network, inputs, **options):
+        calls.append(len(calls))
+        found = network_logits(network, inputs, **options)
+        return found if len(calls) < 3 else found * value
+
+    monkeypatch.setattr("tlcli.training.loop.network_logits", logits)
+    with pytest.raises(UsageError, match=r"on val is nan after epoch 3.*diverged") as caught:
+        run(recipe(epochs=5), tmp_path, checkpoint_seconds=0)
+    assert "--lr" in caught.value.hint
+    assert Checkpoints(tmp_path).newest().facts["epoch"] >= 2
+
+
 @pytest.mark.parametrize("steps", [3, 16])
 def test_how_often_losses_are_read_changes_nothing(monkeypatch, tmp_path, steps):
     diverging = recipe(lr="9", opt="momentum", momentum=0.999, l2="9", epochs=90, sched="constant")
