@@ -3,13 +3,10 @@
 from tlcli.metrics.evaluation import no_better_than_majority
 
 
+def found(accuracy, baseline, recalls):
     per_class = [{"recall": recall, "support": 5} for recall in recalls] + [{"recall": 0.0, "support": 0}]
-    return {
-        "top1_accuracy": accuracy,
-        "majority_baseline": baseline,
-        "num_images": 20,
-        "per_class": per_class,
-    }
+    shares = {"top1_accuracy": accuracy, "majority_baseline": baseline}
+    return {**shares, "num_images": 20, "per_class": per_class}
 
 
 def test_what_is_no_better_than_one_class_is_said():
