@@ -16,6 +16,7 @@ from tlcli.machine import files
 from tlcli.runs import continuing
 from tlcli.runs.directory import RunDirectory, check_run_dir, default_run_dir, run_to_continue
 from tlcli.runs.run import open_run
+from tlcli.warned import collected
 
 BEGUN = {"data": {"digest": "d", "num_images": {"train": 3, "val": 1}}, "device": {"name": "cpu"}}
 
@@ -412,6 +413,19 @@ def test_killed_before_any_operation_while_a_finished_run_goes_on(tmp_path, monk
         if survived:
             break
     assert nth > 20
+
+
+def test_a_run_that_fails_to_go_on_is_kept_and_that_is_said(tmp_path):
+    finished_run(tmp_path / "run")
+    facts = {**BEGUN, "continued": {"after_epoch": 2, "to_epoch": 4}}
+    with collected() as warnings:
+        writer = begin(tmp_path / "run", facts=facts, epochs=4)
+        with pytest.raises(RuntimeError, match="no power"), writer:
+            raise RuntimeError("no power")
+    [warning] = [found for found in warnings if found["code"] == "replaced_run_kept"]
+    assert str(tmp_path / "run/earlier") in warning["message"]
+    assert status(tmp_path / "run/earlier")["status"] == "done"
+    assert status(tmp_path / "run")["status"] == "failed"
 
 
 def test_where_files_have_one_name_alone_a_run_that_goes_on_is_copied(tmp_path, monkeypatch):
