@@ -7,6 +7,7 @@ from torch import nn
 from tests.training.test_loop import CLASSES, WIDTH, Points, network, recipe, same, setting, state_of
 from tlcli.errors import UsageError
 from tlcli.training.loop import network_logits, train
+from tlcli.training.network import Network
 from tlcli.training.rate_search import RateSearch, held_out
 from tlcli.training.stepper import Stepper
 
@@ -103,3 +104,28 @@ def test_the_search_goes_on_where_the_best_rate_is_at_an_edge(monkeypatch):
         assert len(set(tried)) == len(tried)
         tried.clear()
     assert CLASSES == 3
+
+
+def test_an_option_that_cannot_be_used_is_not_taken_for_a_divergence():
+    """CutMix needs maps, and says so in the first step of the search as it does in that of a training."""
+
+    class Flat(Points):
+        def finish(self, loaded):
+            return loaded
+
+    net = Network(nn.Sequential(nn.Linear(WIDTH, 8)), nn.Linear(8, CLASSES))
+    with pytest.raises(UsageError, match="--cutmix needs maps"):
+        train(net, recipe(lr="auto", cutmix=1.0), Flat().samples(), None, setting())
+
+
+def test_a_search_in_which_one_step_gives_no_number_counts_as_diverged(monkeypatch):
+    net = network()
+    stepper = Stepper(net, recipe(lr="auto"), Points().labels, setting())
+    search = RateSearch(stepper, Points(), Points().labels, lambda samples: torch.zeros(1, CLASSES), 1)
+    with torch.no_grad():
+        net.head.weight.fill_(float("nan"))
+    assert search._loss_after([list(range(8))], [9], 8, 0.1) == float("inf")
+    monkeypatch.setattr("tlcli.training.rate_search.processes.gather_objects", lambda mine: [mine, False])
+    with torch.no_grad():
+        net.head.weight.zero_()
+    assert search._loss_after([list(range(8))], [9], 8, 0.1) == float("inf")  # in the other process

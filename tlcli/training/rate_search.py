@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tlcli.errors import UsageError
+from tlcli.machine import processes
 from tlcli.training.inputs import Inputs, loading
 from tlcli.training.recipe import rate_by_steps
 from tlcli.training.schedule import rate_factor
@@ -105,12 +106,11 @@ class RateSearch:
                     rate = peak * rate_factor(recipe, number, len(batches))
                     wanted = self.labels[batch].to(stepper.device)
                     stepper.step(self.inputs.finish(loaded), wanted, rate, number, whole=whole)
-            stepper.read()
+            if not all(processes.gather_objects(_is_finite(stepper))):
+                return math.inf
             logits = self.measure(held_out)
             loss = float(functional.cross_entropy(logits, self.labels[held_out]))
             return loss if math.isfinite(loss) else math.inf
-        except UsageError:  # it diverged
-            return math.inf
         finally:
             stepper.network.load_state_dict(network)
             stepper.optimizer.load_state_dict(optimizer)
@@ -118,6 +118,15 @@ class RateSearch:
                 scaler.load_state_dict(scale)
             stepper.average = average
             stepper.reset()
+
+
+def _is_finite(stepper: Stepper) -> bool:
+    """Return whether every loss of the steps that wait to be read is finite, in this process."""
+    try:
+        stepper.read()
+    except UsageError:  # it diverged
+        return False
+    return True
 
 
 def held_out(labels: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
