@@ -205,6 +205,18 @@ def test_the_probe_is_told_and_used(folder):
     assert run(folder, head_init="random").document["training"]["probe"] is None
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [({"publish": "auto"}, "better on val"), ({}, "--publish trained"),
+     ({"publish": "auto", "select_fraction": 0.25}, "25 % of the training images, held out")],
+)  # fmt: skip
+def test_the_plan_says_what_decides_which_network_is_published(folder, options, text):
+    plan = plan_finetune(config(folder, **options), Silent())
+    assert text in plan.summary()["publishes"]
+    assert plan.document()["select_fraction"] == options.get("select_fraction", 0.0)
+    assert "publishes" not in plan_finetune(config(folder, head_init="random"), Silent()).summary()
+
+
 def test_what_val_selected_is_labelled(folder):
     assert run(folder, publish="auto").document["training"]["selected_on"] == "val"
     assert run(folder).document["training"]["selected_on"] is None

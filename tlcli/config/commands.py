@@ -123,7 +123,8 @@ class FinetuneConfig(
                 "chosen.",
                 hint="Leave one of them out.",
             )
-        if self.head_init == "random" or self.resolved_scenario() == "scratch" or self.random_init:
+        unprobed = self.resolved_scenario() == "scratch" or (self.random_init and self.head_init == "auto")
+        if unprobed or self.head_init == "random":
             raise UsageError(
                 "--select-fraction chooses between the linear probe and the trained network, and a training "
                 "from random weights has no probe.",

@@ -111,9 +111,23 @@ class TrainingPlan:
             result["BatchNorm"] = f"{self.recipe.norm} in trained units: {self.recipe.norm_reason}"
         if not self.policy.is_none:
             result["augmentation"] = f"{self.policy.describe()}; {views}"
+        if self.recipe.head_init != "random":
+            result["publishes"] = self._publishes()
         if self.caching is not None:
             result["caching"] = self.caching.reason
         return result
+
+    def _publishes(self) -> str:
+        """Return what decides which network is published, for people."""
+        if self.insist:
+            return "the trained network: --publish trained"
+        start = "the run as it is" if self.continued else "the linear probe"
+        images = (
+            "val"
+            if not self.select_fraction
+            else (f"{100 * self.select_fraction:.0f} % of the training images, held out")
+        )
+        return f"the trained network or {start}, whichever is better on {images}"
 
     def document(self) -> dict[str, Any]:
         """Return the plan for machines."""
@@ -125,6 +139,7 @@ class TrainingPlan:
             "num_frozen_units": self.extractor.cut.num_frozen_units,
             "num_units": self.num_units,
             "amp": self.compute.amp,
+            "select_fraction": self.select_fraction,
             **({} if self.continued is None else {"continued": self.continued.document()}),
         }
 
