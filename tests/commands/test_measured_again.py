@@ -251,3 +251,21 @@ def test_real_backbones_are_measured_again(real_assets, tmp_path, measured, back
         predicted = [found[name][label] for label in classes]
         assert int(np.argmax(predicted)) == int(row.argmax())
         assert predicted == pytest.approx(row.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"class_weights": "balanced"}, {"sampling": "balanced", "head": "mlp:8"}]
+)
+def test_a_head_that_was_adjusted_for_rare_classes_is_the_one_that_is_saved(
+    make_images, tmp_path, measured, options
+):
+    folder = make_images(tmp_path / "uneven", {"a": 24, "b": 8, "c": 6})
+    run = run_of(folder, **SCENARIOS["freeze"], **{"publish": "trained", "val_fraction": 0.3, **options})
+    facts = json.loads((run / "run.json").read_text())
+    adjustment = facts["training"]["logit_adjustment"]
+    assert 0 <= adjustment["tau"] <= 1
+    assert adjustment["values"][0] <= adjustment["values"][1] <= adjustment["values"][2]
+    assert facts["training"]["selected_on"] == "val"
+    evaluate(run)
+    (expected, _), (logits, _) = measured
+    assert np.array_equal(logits, expected)

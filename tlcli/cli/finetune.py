@@ -83,6 +83,15 @@ def _rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         )
         if training.get("share_of_zeros") is not None:
             rows.append(("zeros", f"{100 * training['share_of_zeros']:.1f} % of the trained weights"))
+        if adjustment := training.get("logit_adjustment"):
+            values = adjustment["values"]
+            rows.append(
+                (
+                    "logit adjustment",
+                    f"tau {adjustment['tau']:.2f}: {min(values):+.2f} for the most frequent class to "
+                    f"{max(values):+.2f} for the rarest",
+                )
+            )
         if continued := document.get("continued"):
             rows.append(("continued", f"after epoch {continued['after_epoch']}, with a new schedule"))
         if training["selected_on"]:
@@ -94,7 +103,7 @@ def _rows(document: dict[str, Any]) -> list[tuple[str, str]]:
 def _selected_on(training: dict[str, Any]) -> str:
     if training["selected_on"] == "train":
         return "training images held out"
-    several = training["best_epoch"] is not None
+    several = training["best_epoch"] is not None or training.get("logit_adjustment")
     much = "therefore optimistic" if several else "optimistic by the choice between two"
     return f"{training['selected_on']}, whose accuracy is {much}"
 

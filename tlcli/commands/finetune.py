@@ -435,7 +435,7 @@ def _trained_facts(plan: FinetunePlan, trained: TrainedBackbone) -> dict[str, An
     assert plan.training is not None
     recipe = plan.training.recipe
     publication = trained.publication
-    selected_on = "val" if recipe.select_on_val else publication.selected_on
+    selected_on = "val" if recipe.select_on_val else trained.selected_on
     training = {**trained.document(), "selected_on": selected_on}
     if plan.training.continued is not None:  # which began from the probe, if from one
         training["probe"] = plan.training.continued.training.get("probe")

@@ -16,6 +16,9 @@ class Head(Protocol):
     def logits(self, features: Tensor) -> Tensor:
         """Return the fp32 logits [N, C] of raw features [N, D]."""
 
+    def shifted(self, values: Tensor) -> "Head":
+        """Return the head whose logits are larger by `values`, fp32 [C]."""
+
     def state(self) -> dict[str, Tensor]:
         """Return the tensors to save."""
 

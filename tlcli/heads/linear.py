@@ -11,6 +11,7 @@ the features stay as they are, and only their AXES directions of largest varianc
 subspace iteration (Halko, Martinsson and Tropp 2011): enough to precondition with.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,10 @@ class LinearHead:
         if self.normalise:
             features = unit_rows(features)
         return torch.nn.functional.linear(features, self.weight, self.bias)
+
+    def shifted(self, values: Tensor) -> "LinearHead":
+        """Return the head whose logits are larger by `values`, fp32 [C]."""
+        return dataclasses.replace(self, bias=self.bias + values)
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors to save."""

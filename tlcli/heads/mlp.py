@@ -9,6 +9,7 @@ Each layer is linear -> batch norm (optional) -> activation -> dropout. What is 
 features: standardisation of the input and batch norm are folded into the layers' weights.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -59,6 +60,10 @@ class MlpHead:
             if layer < len(self.weights) - 1:
                 value = ACTIVATIONS[self.activation](value)
         return value
+
+    def shifted(self, values: Tensor) -> "MlpHead":
+        """Return the head whose logits are larger by `values`, fp32 [C]."""
+        return dataclasses.replace(self, biases=(*self.biases[:-1], self.biases[-1] + values))
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors to save."""

@@ -21,6 +21,7 @@ from tlcli.runs.directory import RunDirectory
 from tlcli.training.checkpoints import Checkpoints
 from tlcli.training.continued import load_weights
 from tlcli.training.inputs import ImageInputs, Inputs, RowInputs
+from tlcli.training.logit_adjustment import LogitAdjustment, fit_adjustment
 from tlcli.training.loop import Samples, Trained, network_logits, train, val_figures
 from tlcli.training.measure import network_features
 from tlcli.training.network import Network, make_network, smoothed_scale
@@ -47,6 +48,8 @@ class TrainedBackbone:
         probe: The head on frozen features it started from.
         probe_accuracy: Accuracy on val of the network before training.
         publication: Whether the trained network is published or that of the probe.
+        adjustment: What the head's biases hold beyond what training left; None where classes do not weigh
+            the same, or without images to fit it to.
         before: fp32 [N, C] of val's images before training; None without val or probe.
         after: The same of the trained network, published or not.
     """
@@ -57,8 +60,14 @@ class TrainedBackbone:
     probe: FittedHead | None
     probe_accuracy: float | None
     publication: Publication
+    adjustment: LogitAdjustment | None
     before: Tensor | None
     after: Tensor | None
+
+    @property
+    def selected_on(self) -> Literal["train", "val"] | None:
+        """Return the split whose images chose the network or its adjustment; None where nothing did."""
+        return self.adjustment.fitted_on if self.adjustment else self.publication.selected_on
 
     def document(self) -> dict[str, Any]:
         """Return what happened, for run.json."""
@@ -73,6 +82,7 @@ class TrainedBackbone:
             "share_of_zeros": self.result.share_of_zeros,
             "probe": probe,
             "publication": self.publication.document(),
+            "logit_adjustment": self.adjustment.document() if self.adjustment else None,
         }
 
 
@@ -83,7 +93,8 @@ class Parts:
     Attributes:
         train: Trained on.
         val: Measured on; may be empty.
-        chooses: Choose between probe and trained network: val, or held out of train; None for neither.
+        chooses: Choose between probe and trained network, and what rare classes are owed: val, or held out
+            of train; None for neither.
     """
 
     train: Collection
@@ -104,7 +115,7 @@ def divide(plan: TrainingPlan, train_part: Collection, val_part: Collection) -> 
         train_part: Usable images of train.
         val_part: Usable images of val; may be empty.
     """
-    if plan.recipe.head_init == "random":  # there is nothing to compare with
+    if plan.recipe.head_init == "random" and not plan.recipe.balanced:  # there is nothing to compare with
         return Parts(train_part, val_part, None)
     if not plan.select_fraction:
         return Parts(train_part, val_part, val_part if val_part.samples else None)
@@ -175,15 +186,17 @@ def train_backbone(
         network.load_state_dict(start)
         published = before
     return TrainedBackbone(
-        network.trained_head(), published.val, trained, probe, row[0]["val_accuracy"] if row else None,
-        publication, before.val if before else None, after.val,
+        published.head, published.val, trained, probe, row[0]["val_accuracy"] if row else None,
+        publication, published.adjustment, before.val if before else None, after.val,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Logits:
-    """What a network gives, fp32 [N, C]: for val, and for the images that choose."""
+    """What a network gives, fp32 [N, C]: for val, and for the images that choose; with which head."""
 
+    head: Head
+    adjustment: LogitAdjustment | None
     val: Tensor | None
     chooses: Tensor | None
 
@@ -200,17 +213,22 @@ class _Measured:
 
     def logits(self) -> _Logits:
         """Return what the network gives now, computed as `evaluate` will."""
-        extractor, head = self.plan.extractor, self.network.trained_head()
+        extractor, parts, head = self.plan.extractor, self.parts, self.network.trained_head()
         self.network.to(extractor.device).eval()
-        val = chooses = None
+        val = chooses = adjustment = None
         if self.val_inputs is not None:
-            features = network_features(extractor, self.val_inputs, workers=self.workers)
-            val = chooses = head.logits(features)
-        if self.parts.chooses is not None and self.parts.selected_on == "train":
-            inputs = _inputs(self.plan, self.parts.chooses, 1)
-            chooses = head.logits(network_features(extractor, inputs, workers=self.workers))
+            val = chooses = network_features(extractor, self.val_inputs, workers=self.workers)
+        if parts.chooses is not None and parts.selected_on == "train":
+            inputs = _inputs(self.plan, parts.chooses, 1)
+            chooses = network_features(extractor, inputs, workers=self.workers)
         self.network.to("cpu")
-        return _Logits(val, chooses)
+        if parts.chooses is not None and chooses is not None and self.plan.recipe.balanced:
+            adjustment = fit_adjustment(
+                head.logits(chooses), labels_of(parts.chooses), labels_of(parts.train), parts.selected_on
+            )
+            head = head.shifted(adjustment.values)
+        logits = (None if features is None else head.logits(features) for features in (val, chooses))
+        return _Logits(head, adjustment, *logits)
 
 
 def _check_finite(found: _Logits, trained: Trained) -> None:
@@ -225,7 +243,6 @@ def _check_finite(found: _Logits, trained: Trained) -> None:
 
 def _publication(plan: TrainingPlan, parts: Parts, before: _Logits | None, after: _Logits) -> Publication:
     """Choose between the probe and the trained network, and say what came of it."""
-    recipe = plan.recipe
     if before is None:  # it started from a random head: there is nothing to compare with
         return Publication("trained")
     if parts.chooses is None or before.chooses is None or after.chooses is None:
@@ -240,7 +257,7 @@ def _publication(plan: TrainingPlan, parts: Parts, before: _Logits | None, after
     first: Name = "earlier" if plan.continued else "probe"
     comparison = Comparison(
         candidate(first, before.chooses, labels), candidate("trained", after.chooses, labels),
-        parts.selected_on, balanced="balanced" in (recipe.class_weights, recipe.sampling),
+        parts.selected_on, balanced=plan.recipe.balanced,
     )  # fmt: skip
     found = publish(comparison, insist=plan.insist)
     if not found.give_warnings():

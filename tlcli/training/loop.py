@@ -18,6 +18,7 @@ from tlcli.training import rate_search
 from tlcli.training.continued import Continued
 from tlcli.training.inputs import PLAIN, Inputs, generator, loading
 from tlcli.training.network import Network, fp32_where_bf16_is_slow, holding
+from tlcli.training.order import epoch_order
 from tlcli.training.recipe import Recipe
 from tlcli.training.resume import Counters, State
 from tlcli.training.schedule import rate_factor
@@ -274,21 +275,13 @@ class _Loop:
             epoch: From 0.
             samples: Positions to draw from; all by default.
         """
-        draw = generator(self.recipe.seed, "order", epoch)
         labels = self.data.labels if samples is None else self.data.labels[samples]
-        count = len(labels)
-        if self.recipe.sampling == "balanced":
-            per_class = torch.bincount(labels, minlength=self.network.num_classes).clamp_min(1)
-            order = torch.multinomial(
-                1.0 / per_class[labels].double(), count, replacement=True, generator=draw
-            )
-        else:
-            order = torch.randperm(count, generator=draw)
+        order = epoch_order(labels, self.recipe, generator(self.recipe.seed, "order", epoch))
         order = order if samples is None else samples[order]
-        size = min(self.batch_size, count)
+        size = min(self.batch_size, len(order))
         return [
             order[step * size + self.rank : (step + 1) * size : self.world].tolist()
-            for step in range(max(1, count // size))
+            for step in range(max(1, len(order) // size))
         ]
 
     @property

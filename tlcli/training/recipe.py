@@ -88,6 +88,11 @@ class Recipe:
         """Return whether val decides anything, so that its score is no longer unbiased."""
         return self.patience is not None or self.sched == "plateau"
 
+    @property
+    def balanced(self) -> bool:
+        """Return whether every class is to count the same, however many images it has."""
+        return "balanced" in (self.class_weights, self.sampling)
+
     def document(self) -> dict[str, Any]:
         """Return every value, for run.json."""
         return dataclasses.asdict(self)
