@@ -30,8 +30,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = (
-    "accelerate", "coverage", "hypothesis", "numpy", "PIL.Image", "pytest", "scipy.optimize", "sklearn", "timm",
-    "timm.optim", "torch", "torchvision", "typer", "rich",
+    "accelerate", "coverage", "hypothesis", "numpy", "PIL.Image", "pytest", "scipy.optimize", "sklearn",
+    "timm", "timm.optim", "torch", "torchvision", "typer", "rich",
 )  # fmt: skip
 PYTEST = [
     "-q",
@@ -256,7 +256,9 @@ def lines_of_tests(
             sys.executable, "-m", "pytest", "-o", "addopts=", "-q", *KEPT_OUT, "-p", "no:cacheprovider",
             f"--cov={sources}", "--cov-context=test", "--cov-report=", f"--junitxml={report}", *tests,
         ]  # fmt: skip
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"{done.stdout}\nthe tests fail without a fault")
         from xml.etree import ElementTree
 
         import coverage
@@ -299,7 +301,7 @@ def main() -> int:
     )
     if wanted:
         os.environ["OMP_NUM_THREADS"] = "1"
-        tests_of, seconds = lines_of_tests(settings["modules"], settings["tests"])
+        tests_of, seconds = lines_of_tests(modules, settings["tests"])
         os.chdir(ROOT)
         for name in LIBRARIES:
             importlib.import_module(name)
