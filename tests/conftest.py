@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # So starts a shell what it puts into the background, and children inherit it; but Ctrl-C is tested here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # so starts nohup, likewise
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,10 @@ def mix(inputs: Tensor, targets: Tensor, recipe: Recipe, draw: torch.Generator) 
 
 
 def _beta(alpha: float, draw: torch.Generator) -> float:
-    """Return a draw of Beta(alpha, alpha), as a ratio of gamma draws."""
+    """Return a draw of Beta(alpha, alpha), as a ratio of gamma draws, which torch keeps above 0."""
     concentration = torch.tensor([alpha, alpha], dtype=torch.float64)
     first, second = torch._standard_gamma(concentration, generator=draw).tolist()
-    return 0.5 if first + second == 0 else float(first / (first + second))
+    return float(first / (first + second))
 
 
 def _cutmix(inputs: Tensor, order: Tensor, share: float, draw: torch.Generator) -> tuple[Tensor, float]:
