@@ -307,8 +307,10 @@ def main() -> int:
             importlib.import_module(name)
     for index, mutant in enumerate(wanted, 1):
         tests = sorted(tests_of[mutant.module, mutant.line], key=lambda name: seconds.get(name, 0.0))
-        tests = tests or settings["tests"]  # what runs when the module is loaded
-        limit = 30 + 10 * sum(seconds.get(name, 1.0) for name in tests)
+        if not tests:  # what runs when the module is loaded
+            own = f"test_{Path(mutant.module).stem}.py"
+            tests = [file for file in settings["tests"] if file.endswith(own)]
+        limit = 60 + 10 * sum(seconds.get(name, 1.0) for name in tests)
         outcome = run_tests(mutant, tests, limit)
         with options.results.open("a", newline="") as file:
             csv.writer(file).writerow([*mutant.key, outcome])

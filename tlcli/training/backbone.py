@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from tlcli.data.collection import Collection, groups_of, labels_of
 from tlcli.features.plan import read_rows
 from tlcli.heads.fit import FittedHead, fit_head
 from tlcli.heads.head import Head
-from tlcli.progress import Progress
+from tlcli.progress import Progress, Silent
 from tlcli.runs.directory import RunDirectory
 from tlcli.training.checkpoints import Checkpoints
 from tlcli.training.continued import load_weights
@@ -24,7 +24,7 @@ from tlcli.training.inputs import ImageInputs, Inputs, RowInputs
 from tlcli.training.logit_adjustment import LogitAdjustment, fit_adjustment
 from tlcli.training.loop import Samples, Trained, network_logits, train, val_figures
 from tlcli.training.measure import network_features
-from tlcli.training.network import Network, make_network, smoothed_scale
+from tlcli.training.network import HEAD, Network, make_network, smoothed_scale
 from tlcli.training.optimizer import undecayed_names
 from tlcli.training.plan import TrainingPlan
 from tlcli.training.publishing import Comparison, Name, Publication, candidate, held_out, publish
@@ -171,10 +171,12 @@ def train_backbone(
     row: list[dict[str, Any]] = []
     if probe and before and before.val is not None:
         row = [{"kind": "epoch", "epoch": 0, "step": 0, **val_figures(before.val, labels_of(val_part))}]
-    setting = _setting(plan, config, writer, progress, row)
+    without = _head_without(config, probe, features, parts.train, recipe.label_smoothing) if probe else None
+    setting = _setting(plan, config, writer, progress, row, without)
     val = Samples(val_inputs, labels_of(val_part)) if val_inputs is not None else None
-    data = Samples(train_inputs, labels_of(parts.train))
-    trained = train(network, recipe, data, val, setting, plan.continued)
+    trained = train(
+        network, recipe, Samples(train_inputs, labels_of(parts.train)), val, setting, plan.continued
+    )
     after = measured.logits()
     _check_finite(after, trained)
     if after.val is not None:
@@ -271,6 +273,7 @@ def _setting(
     writer: RunDirectory,
     progress: Progress,
     before: list[dict[str, Any]],
+    head_without: Callable[[Tensor], dict[str, Tensor]] | None,
 ) -> Setting:
     unit_of = {name: unit.index for unit in units(plan.extractor.backbone.model) for name in unit.parameters}
     return Setting(
@@ -278,7 +281,7 @@ def _setting(
         workers=config.num_workers, unit_of=unit_of, num_units=plan.num_units,
         undecayed=undecayed_names(plan.extractor.backbone.model),
         checkpoints=Checkpoints(writer.path), checkpoint_seconds=60 * config.checkpoint_minutes,
-        progress=progress,
+        progress=progress, head_without=head_without,
         on_epoch=lambda history: writer.write_lines("metrics.jsonl", [*before, *history]),
         tracker=config.tracker, log_dir=writer.path,
     )  # fmt: skip
@@ -324,11 +327,46 @@ def _pooled(
         return network_logits(suffix, inputs, workers=workers)
 
 
-def _fit_probe(config: FinetuneConfig, features: Tensor, part: Collection, progress: Progress) -> FittedHead:
+def _head_without(
+    config: FinetuneConfig, probe: FittedHead, features: Tensor, part: Collection, smoothing: float
+) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Return what gives the head of a probe that some training samples were kept from."""
+    l2, scaling = "auto", UNCHANGED_SCALINGS
+    if not config.hidden_sizes:
+        l2, scaling = repr(probe.chosen["l2"]), probe.chosen["scaling"]
+
+    def head_without(out: Tensor) -> dict[str, Tensor]:
+        kept = torch.ones(len(features), dtype=torch.bool)
+        kept[out] = False
+        rest = part.select(torch.nonzero(kept).flatten().tolist())
+        head = _fit_probe(config, features[kept], rest, Silent(), l2=l2, scaling=scaling).head
+        network = make_network(
+            torch.nn.Identity(),
+            features.shape[1],
+            len(part.dataset.class_names),
+            config,
+            dropout=0.0,
+            start=head,
+        )
+        network.scale_logits(smoothed_scale(head.logits(features[kept]), labels_of(rest), smoothing))
+        return {name: value for name, value in network.state_dict().items() if name.startswith(HEAD)}
+
+    return head_without
+
+
+def _fit_probe(
+    config: FinetuneConfig,
+    features: Tensor,
+    part: Collection,
+    progress: Progress,
+    *,
+    l2: str = "auto",
+    scaling: str = UNCHANGED_SCALINGS,
+) -> FittedHead:
     """Fit the head that training starts from, with the grid's own defaults."""
     options = dataclasses.replace(
-        config, lr=None, dropout=None, epochs=None, patience=None, batch_size=None, l2="auto", l1=0.0,
-        label_smoothing=None, scaling=UNCHANGED_SCALINGS,
+        config, lr=None, dropout=None, epochs=None, patience=None, batch_size=None, l2=l2, l1=0.0,
+        label_smoothing=None, scaling=scaling,
     )  # fmt: skip
     return fit_head(
         features, labels_of(part), len(part.dataset.class_names), options, groups=groups_of(part),

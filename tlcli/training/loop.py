@@ -220,7 +220,9 @@ class _Loop:
             return network_logits(self.network, inputs, workers=workers, samples=samples)
 
         search = rate_search.RateSearch(self.stepper, inputs, self.data.labels, measure, workers)
-        return search.find(found[:count], out.tolist(), min(self.batch_size, len(rest)), total)
+        start, head_without = self.network.state_dict(), self.setting.head_without
+        with holding(self.network, start | (head_without(out) if head_without else {})):
+            return search.find(found[:count], out.tolist(), min(self.batch_size, len(rest)), total)
 
     def _train_epoch(self, stop_signal: Callable[[], int | None]) -> None:
         recipe, inputs, counters, stepper = self.recipe, self.data.inputs, self.counters, self.stepper

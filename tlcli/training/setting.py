@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tlcli.backbones.compute import Amp
 from tlcli.progress import Progress, Silent
@@ -27,6 +28,8 @@ class Setting:
         checkpoints: Where states go; None saves none.
         checkpoint_seconds: Between two of them, beside those at the end of an epoch.
         progress: Told of every image.
+        head_without: Returns the head's part of the network's state, had its probe not seen some training
+            samples; None where no probe saw any.
         on_epoch: Called by the first process with one dict an epoch, all of them so far.
         tracker: Name of one of accelerate's trackers, or none.
         log_dir: Where a tracker may write.
@@ -42,6 +45,7 @@ class Setting:
     checkpoints: Checkpoints | None = None
     checkpoint_seconds: float = 300.0
     progress: Progress = field(default_factory=Silent)
+    head_without: Callable[[Tensor], dict[str, Tensor]] | None = None
     on_epoch: Callable[[list[dict[str, Any]]], None] = lambda _history: None
     tracker: str = "none"
     log_dir: Path | None = None
