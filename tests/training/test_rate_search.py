@@ -5,7 +5,12 @@ import torch
 from torch import nn
 
 from tests.training.test_loop import CLASSES, WIDTH, Points, network, recipe, same, setting, state_of
+from tlcli.config.commands import FinetuneConfig
+from tlcli.config.data import DataOptions
+from tlcli.data.collection import collect, labels_of
 from tlcli.errors import UsageError
+from tlcli.progress import Silent
+from tlcli.training import backbone
 from tlcli.training.loop import network_logits, train
 from tlcli.training.network import Network
 from tlcli.training.rate_search import RateSearch, held_out
@@ -47,6 +52,50 @@ def test_the_searched_rate_is_near_the_best_of_nine(start, head_init):
     losses = [final_loss(start(), lr=repr(rate), **fixed)[0] for rate in rates]
     found, rate = final_loss(start(), lr="auto", **fixed)
     assert found <= 1.1 * min(losses), (rate, losses)
+
+
+def test_a_search_sees_a_head_that_has_not_seen_what_is_held_out(monkeypatch):
+    """Else every step away from a probe that knows the held-out images by heart looks like a loss."""
+    net, seen = probed(), []
+    before = state_of(net)
+    head = {name: torch.full_like(value, 0.25) for name, value in before.items() if name.startswith("head.")}
+
+    def find(search, batches, held_out, whole, total_steps):
+        seen.append((held_out, state_of(net)))
+        return 1e-9
+
+    monkeypatch.setattr(RateSearch, "find", find)
+    asked = []
+
+    def without(out):
+        asked.append(out.tolist())
+        return head
+
+    train(
+        net, recipe(lr="auto", epochs=1), Points(count=COUNT).samples(), None, setting(head_without=without)
+    )
+    ((out, state),) = seen
+    assert asked == [out]
+    assert same(state, before | head)
+    assert (net.head.weight - before["head.weight"]).abs().max() < 1e-6  # put back before the training
+
+
+def test_the_head_of_a_search_knows_nothing_of_what_it_is_kept_from(folder):
+    collection = collect(DataOptions(data=str(folder)), 2, Silent())
+    labels, count = labels_of(collection), len(collection.samples)
+    features = torch.randn(count, 6, generator=torch.Generator().manual_seed(0))
+    features[:, 0] += 3 * labels
+    config = FinetuneConfig(scenario="full", folds=2)
+    probe = backbone._fit_probe(config, features, collection, Silent())
+    out = torch.tensor([0, 3, count - 1])
+    found = backbone._head_without(config, probe, features, collection, 0.0)(out)
+    changed = features.clone()
+    changed[out] = 100.0
+    again = backbone._head_without(config, probe, changed, collection, 0.0)(out)
+    assert set(found) == {"head.weight", "head.bias"}
+    assert same(found, again)
+    assert not torch.allclose(found["head.weight"], probe.head.weight)
+    assert torch.allclose(found["head.weight"], probe.head.weight, atol=1.0)
 
 
 def test_a_search_puts_network_optimiser_scaler_and_average_back():
