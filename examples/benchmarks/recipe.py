@@ -127,10 +127,11 @@ def table_of(assets: Path, data: str, size: str, seed: int, folder: Path) -> tup
     return path, {str(assets / row["filename"]) for row in test}
 
 
-def trained_with(config: Any) -> dict[str, Any]:
+def trained_with(config: Any, label: str) -> dict[str, Any]:
     """Train, and return what both networks give for val's images, their labels and files, and more.
 
-    What is between epochs is not measured: val holds the test images here, and there are many.
+    What is between epochs is not measured: val holds the test images here, and there are many. The label says
+    which code is meant, now or an older one.
     """
     found: dict[str, Any] = {}
     try:
@@ -145,6 +146,8 @@ def trained_with(config: Any) -> dict[str, Any]:
         place, name = training, "tune"  # type: ignore[assignment]
     from tlcli.progress import Silent
 
+    if (label == "now") != (name == "train_backbone"):
+        raise SystemExit(f"{command.__file__} is not the code that --label {label} says: check PYTHONPATH")
     loop, whole = training.train, getattr(place, name)
 
     def without_val(network: Any, recipe: Any, data: Any, val: Any, setting: Any, *more: Any) -> Any:
@@ -168,7 +171,10 @@ def trained_with(config: Any) -> dict[str, Any]:
 
 def run(options: argparse.Namespace, cell: Sequence[str], folder: Path) -> Row:
     """Return the row of one training."""
-    from tlcli.config.commands import FinetuneConfig
+    try:
+        from tlcli.config.commands import FinetuneConfig
+    except ModuleNotFoundError:  # 0.2.0
+        from tlcli.config import FinetuneConfig  # type: ignore[no-redef, attr-defined]
 
     label, backbone, data, size, scenario, epochs, seed = cell
     table, tests = table_of(options.assets, data, size, int(seed), folder)
@@ -179,9 +185,10 @@ def run(options: argparse.Namespace, cell: Sequence[str], folder: Path) -> Row:
         device=options.device,
     )  # fmt: skip
     started = time.perf_counter()
-    found = trained_with(config)
+    found = trained_with(config, label)
     seconds = time.perf_counter() - started
     result, labels, recipe = found["result"], found["labels"], found["recipe"]
+    ended = result.result if hasattr(result, "result") else result.trained  # 0.2.0
     import torch
 
     is_test = torch.tensor([file in tests for file in found["files"]])
@@ -201,8 +208,8 @@ def run(options: argparse.Namespace, cell: Sequence[str], folder: Path) -> Row:
         for part in (~is_test, is_test) for right in (probe, trained)
     ]  # fmt: skip
     return Row(
-        label, backbone, data, size, scenario, epochs, int(seed), found["num_train"], result.result.steps,
-        float(f"{result.result.lr:.3g}"), recipe.norm, int((~is_test).sum()), int(is_test.sum()),
+        label, backbone, data, size, scenario, epochs, int(seed), found["num_train"], ended.steps,
+        float(f"{ended.lr:.3g}"), recipe.norm, int((~is_test).sum()), int(is_test.sum()),
         shares[0], shares[1], published, shares[2], shares[3],
         int((trained & ~probe & is_test).sum()), int((probe & ~trained & is_test).sum()), round(seconds, 1),
     )  # fmt: skip
