@@ -129,3 +129,138 @@ def test_the_facts_name_what_matters():
     assert "by short trainings" in text
     assert "label smoothing 0.2" in text
     assert "linear probe" in text
+
+
+# ---- the rules, as figures ------------------------------------------------------------------------------
+
+COLUMNS = "scenario, images, epochs, batch, lr, usual, warm, layer_decay, weight_decay, norm"
+TABLE = [
+    ("freeze", 250, 30, 32, 2e-3, 2e-3, 5.0, 0.95, 0.02, "frozen"),
+    ("freeze", 1_000, 13, 32, 2e-3, 2e-3, 2.6, 0.95, 0.02, "frozen"),
+    ("freeze", 30_000, 8, 128, 4e-3, 4e-3, 1.6, 0.95, 0.02, "train"),
+    ("full", 100, 30, 32, 1e-3, 1e-3, 20 / 3, 0.9, 0.02, "frozen"),
+    ("full", 1_000, 13, 32, 1e-3, 1e-3, 2.6, 0.9, 0.02, "frozen"),
+    ("full", 4_999, 8, 32, 1e-3, 1e-3, 1.6, 0.9, 0.02, "frozen"),
+    ("full", 5_000, 8, 64, 2**0.5 * 1e-3, 2**0.5 * 1e-3, 1.6, 0.9, 0.02, "train"),
+    ("full", 19_999, 8, 64, 2**0.5 * 1e-3, 2**0.5 * 1e-3, 1.6, 0.9, 0.02, "train"),
+    ("full", 20_000, 8, 128, 2e-3, 2e-3, 1.6, 0.9, 0.02, "train"),
+    ("scratch", 1_000, 120, 32, 2e-3, 2e-3, 5.0, 1.0, 0.05, "train"),
+    ("scratch", 100_000, 30, 128, 4e-3, 4e-3, 5.0, 1.0, 0.05, "train"),
+]
+
+
+@pytest.mark.parametrize(COLUMNS, TABLE)
+def test_the_recipe_of_each_scenario_by_the_size_of_the_data(
+    scenario, images, epochs, batch, lr, usual, warm, layer_decay, weight_decay, norm
+):
+    found = recipe(num_train=images, scenario=scenario)
+    assert (found.epochs, found.batch_size, found.norm) == (epochs, batch, norm)
+    assert (found.layer_decay, found.weight_decay) == (layer_decay, weight_decay)
+    assert (found.lr, found.usual_lr, found.warmup_epochs) == pytest.approx((lr, usual, warm))
+    assert (found.label_smoothing, found.l2, found.dropout) == (0.1, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        ({}, 1e-3), ({"scenario": "freeze"}, 2e-3), ({"scenario": "scratch"}, 2e-3),
+        ({"opt": "sgd"}, 0.01), ({"opt": "sgd", "scenario": "freeze"}, 0.02),
+        ({"opt": "momentum", "scenario": "scratch"}, 0.1), ({"opt": "lion"}, 1e-4),
+        ({"opt": "sgd", "batch_size": 64}, 0.02), ({"has_batch_norm": False}, 1e-4),
+    ],
+)  # fmt: skip
+def test_the_usual_rate_of_a_batch_of_32(options, rate):
+    assert recipe(**options).usual_lr == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(("scenario", "enough"), [("freeze", 100), ("full", 50)])
+def test_the_rate_is_a_share_of_the_usual_one_until_there_are_enough_steps(scenario, enough):
+    for steps in (1, enough // 2, enough - 1, enough, enough + 1, 3 * enough):
+        found = recipe(num_train=32 * steps, epochs=1, batch_size=32, scenario=scenario)
+        assert found.lr == pytest.approx(found.usual_lr * min(1, steps / enough))
+        assert recipe(num_train=32, epochs=steps, batch_size=32, scenario=scenario).lr == pytest.approx(
+            found.lr
+        )
+
+
+def test_warm_up_takes_a_fifth_at_most_five_epochs_and_twenty_steps_where_epochs_are_short():
+    warm = {
+        epochs: recipe(num_train=32_000, epochs=epochs, batch_size=32).warmup_epochs for epochs in (1, 10, 60)
+    }
+    assert warm == pytest.approx({1: 0.2, 10: 2.0, 60: 5.0})
+    assert recipe(num_train=320, epochs=8, batch_size=32).warmup_epochs == pytest.approx(
+        2.0
+    )  # 20 of 80 steps
+    assert recipe(num_train=96, epochs=8, batch_size=32).warmup_epochs == pytest.approx(4.0)  # half of all
+    assert recipe(num_train=96, epochs=1, batch_size=32).warmup_epochs == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "norm", "why"),
+    [
+        ({"num_train": 5_000, "epochs": 4, "batch_size": 50}, "train", "batches of 50 from 5000 images"),
+        ({"num_train": 4_999, "epochs": 9, "batch_size": 50}, "frozen", "4999 training images are too few"),
+        ({"num_train": 5_000, "epochs": 3, "batch_size": 50}, "train", "from 5000"),
+        ({"num_train": 5_000, "epochs": 1, "batch_size": 17}, "frozen", "294 steps are too few"),
+        ({"num_train": 9_600, "epochs": 1, "batch_size": 32}, "train", "from 9600"),
+        ({"num_train": 9_000, "epochs": 9, "batch_size": 16}, "train", "batches of 16"),
+        ({"num_train": 9_000, "epochs": 9, "batch_size": 15}, "frozen", "batches of 15 are too small"),
+        ({"num_train": 9_000, "epochs": 9, "batch_size": 32, "grad_accum": 2}, "train", "batches of 16"),
+        ({"num_train": 9_000, "epochs": 9, "batch_size": 32, "grad_accum": 3}, "frozen", "batches of 10"),
+        ({"num_train": 90, "norm": "train"}, "train", "asked for"),
+        ({"num_train": 90, "scenario": "scratch"}, "train", "no pretrained statistics"),
+    ],
+)  # fmt: skip
+def test_when_batch_norm_follows_the_data_and_why(options, norm, why):
+    found = recipe(**options)
+    assert found.norm == norm
+    assert why in found.norm_reason
+
+
+def test_passes_of_one_image_are_refused_where_batch_norm_would_follow_them():
+    for options in (
+        {"batch_size": 1},
+        {"batch_size": 4, "grad_accum": 4},
+        {"batch_size": 3, "num_processes": 2},
+    ):
+        with pytest.raises(UsageError, match="passes of one image"):
+            recipe(norm="train", **options)
+        assert recipe(norm="frozen", **options).norm == "frozen"
+        assert recipe(norm="train", has_batch_norm=False, **options).norm == "train"
+    assert recipe(norm="train", batch_size=4, grad_accum=2).norm == "train"
+
+
+def test_plateau_waits_two_epochs_and_steps_come_at_thirds():
+    assert recipe(sched="plateau").decay_epochs == 2.0
+    assert recipe(sched="step", epochs=9).decay_epochs == 3.0
+    assert recipe(epochs=7, sched="exponential").decay_epochs == pytest.approx(7 / 3)
+
+
+def test_a_zero_is_a_value_that_is_given():
+    found = recipe(weight_decay=0.0, layer_decay=1.0, warmup_epochs=0.0, label_smoothing=0.0)
+    assert (found.weight_decay, found.warmup_epochs, found.label_smoothing) == (0.0, 0.0, 0.0)
+
+
+def test_both_balanced_options_are_balanced():
+    assert not recipe().balanced
+    assert recipe(class_weights="balanced").balanced
+    assert recipe(sampling="balanced").balanced
+
+
+@pytest.mark.parametrize(
+    ("options", "present", "absent"),
+    [
+        (
+            {},
+            ["13 epochs of batch 32, adamw, learning rate 0.001, cosine", "layer decay 0.9", "decay 0.02"],
+            ["short trainings"],
+        ),
+        ({"layer_decay": 1.0, "label_smoothing": 0.0, "head_init": "random"}, ["from a random head"],
+         ["layer decay", "label smoothing"]),
+        ({"epochs": 1, "batch_size": 8, "sched": "step"}, ["1 epoch of batch 8", "step"], ["1 epochs"]),
+    ],
+)  # fmt: skip
+def test_the_summary_names_what_is_done_and_nothing_else(options, present, absent):
+    text = recipe(**options).summary()
+    assert all(part in text for part in present)
+    assert not any(part in text for part in absent)
