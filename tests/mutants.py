@@ -12,6 +12,7 @@ import argparse
 import ast
 import copy
 import csv
+import gc
 import importlib
 import importlib.abc
 import importlib.util
@@ -318,6 +319,8 @@ def main() -> int:
         os.chdir(ROOT)
         for name in LIBRARIES:
             importlib.import_module(name)
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+        gc.freeze()  # what is loaded is not looked through again in every fork
     for index, mutant in enumerate(wanted, 1):
         own = f"test_{Path(mutant.module).stem}.py"
         tests = sorted(tests_of[mutant.module, mutant.line], key=lambda name: seconds.get(name, 0.0))
