@@ -16,6 +16,7 @@ from tlcli.training.optimizer import (
     Places,
     check_optimizer,
     make_optimizer,
+    metric,
     parameter_groups,
     set_rate,
     undecayed_names,
@@ -184,3 +185,131 @@ def test_the_average_follows_and_settles():
         average.update(layer)
     assert float(average.values["weight"][0]) == pytest.approx(5.0, abs=1e-3)
     assert math.isfinite(float(average.values["running_var"][0]))
+
+
+def test_the_average_keeps_less_in_its_first_steps():
+    layer = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(0.0)
+    average, expected = Average(layer, 0.5), 0.0
+    for step in range(1, 12):
+        with torch.no_grad():
+            layer.weight.fill_(float(step))
+        average.update(layer)
+        keep = min(0.5, (1 + step) / (10 + step))
+        expected = keep * expected + (1 - keep) * step
+        assert float(average.values["weight"]) == pytest.approx(expected, rel=1e-5)
+
+
+# ---- one by one ------------------------------------------------------------------------------------------
+
+
+def optimizer_of(name, momentum=0.9):
+    options = recipe(opt=name, momentum=momentum)
+    return make_optimizer(parameter_groups(nn.Linear(2, 2), Places(), options), options)
+
+
+def test_sgd_is_nesterovs_where_there_is_momentum_and_other_optimisers_stay_what_they_are():
+    group = optimizer_of("sgd", 0.7).param_groups[0]
+    assert (group["momentum"], group["nesterov"]) == (0.7, True)
+    group = optimizer_of("sgd", 0.0).param_groups[0]
+    assert (group["momentum"], group["nesterov"]) == (0.0, False)
+    assert not optimizer_of("momentum", 0.7).param_groups[0]["nesterov"]
+    assert "Adam" in type(optimizer_of("adam", 0.0)).__name__
+    assert "RMS" in type(optimizer_of("rmsprop", 0.0)).__name__
+
+
+def test_an_optimiser_is_refused_when_it_is_made_too():
+    with pytest.raises(UsageError, match="is not an optimiser") as caught:
+        optimizer_of("adamx")
+    assert "adam" in caught.value.hint
+
+
+@pytest.mark.parametrize("error", [ValueError("no package"), ImportError(), AssertionError("not here")])
+def test_one_that_cannot_be_made_is_refused(monkeypatch, error):
+    def failing(*_given, **_named):
+        raise error
+
+    monkeypatch.setattr("timm.optim.create_optimizer_v2", failing)
+    with pytest.raises(UsageError, match=f"adamw cannot be used: {str(error) or 'ImportError'}"):
+        optimizer_of("adamw")
+
+
+def test_a_parameter_without_a_gradient_gets_none_and_the_next_one_its_penalty():
+    layer = nn.Bilinear(2, 2, 2, bias=False)
+    other = nn.Linear(2, 2, bias=False)
+    other.weight.grad = torch.zeros(2, 2)
+    trained = {"a": layer.weight, "b": other.weight}
+    Penalties(recipe(l2="1.0", l2_sp=1.0), trained, start={"a": layer.weight}).add_gradients()
+    assert layer.weight.grad is None
+    torch.testing.assert_close(other.weight.grad, other.weight.detach())
+
+
+def test_max_norm_is_of_each_row_and_lengthens_none():
+    layer = nn.Conv2d(2, 3, 1, bias=False)
+    with torch.no_grad():
+        rows = torch.tensor([[0.3, 0.4], [3.0, 4.0], [0.0, 0.0]])
+        layer.weight.copy_(rows.view(3, 2, 1, 1))
+    optimizer = make_optimizer(parameter_groups(layer, Places(), recipe()), recipe(opt="sgd"))
+    Penalties(recipe(max_norm=2.0), {}).project(optimizer)
+    expected = torch.tensor([[0.3, 0.4], [1.2, 1.6], [0.0, 0.0]])
+    torch.testing.assert_close(layer.weight.detach().view(3, 2), expected)
+
+
+def test_of_no_weights_no_share_is_zero():
+    assert Penalties(recipe(l1=1.0), {}).share_of_zeros() == 0.0
+    layer = nn.Linear(2, 2)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
+        layer.bias.zero_()
+    assert Penalties(recipe(l1=1.0), dict(layer.named_parameters())).share_of_zeros() == 0.25
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda weights: torch.optim.Adam(weights, lr=1.0, eps=0.3),
+        lambda weights: torch.optim.Adam(weights, lr=1.0, amsgrad=True),
+        lambda weights: torch.optim.RMSprop(weights, lr=1.0, alpha=0.5, eps=0.2),
+        lambda weights: torch.optim.Adagrad(weights, lr=1.0, eps=0.1),
+        lambda weights: torch.optim.SGD(weights, lr=1.0),
+    ],
+)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_the_metric_is_the_step_of_the_optimiser_itself_under_an_even_gradient(make, steps):
+    weight = nn.Parameter(torch.zeros(3))
+    gradient, optimizer = torch.tensor([0.5, -2.0, 1e-3]), make([weight])
+    for _ in range(steps):
+        before = weight.detach().clone()
+        weight.grad = gradient.clone()
+        optimizer.step()
+    found = metric(optimizer.state.get(weight, {}), optimizer.param_groups[0])
+    torch.testing.assert_close((before - weight.detach()), gradient * found, rtol=1e-4, atol=1e-6)
+
+
+def test_momentum_lengthens_the_steps_by_what_they_add_up_to():
+    weight = nn.Parameter(torch.zeros(2))
+    for optimizer, start in (
+        (torch.optim.SGD([weight], lr=1e-3, momentum=0.75), 1.0),
+        (torch.optim.RMSprop([weight], lr=1e-3, alpha=0.5, momentum=0.75), 0.5),
+    ):
+        for _ in range(200):
+            before = weight.detach().clone()
+            weight.grad = torch.full((2,), 2.0)
+            optimizer.step()
+        moved = (before - weight.detach()) / 1e-3 / 2.0
+        found = torch.as_tensor(metric(optimizer.state[weight], optimizer.param_groups[0]))
+        torch.testing.assert_close(moved, found.expand(2), rtol=0.02, atol=0)
+        assert float(found.max()) == pytest.approx(4 * start, rel=0.02)
+
+
+def test_the_metric_of_states_that_are_not_like_adams():
+    second = torch.tensor([4.0])
+    assert metric({}, {"betas": (0.9, 0.99), "eps": 1e-8}) == 1.0  # before its first step
+    assert metric({"exp_avg_sq": second}, {}) == 1.0  # another's idea of it
+    grouped = metric({"exp_avg_sq": second}, {"betas": (0.9, 0.5), "eps": 0.0, "step": 1})
+    assert float(grouped) == pytest.approx((0.5 / 4.0) ** 0.5)
+    uncounted = metric({"exp_avg_sq": second}, {"betas": (0.9, 0.5), "eps": 1e-8})
+    assert float(uncounted) == pytest.approx(0.5)
+    unknown = metric({"exp_avg_sq": second, "step": None}, {"betas": (0.9, 0.5), "step": 3})
+    assert float(unknown) == pytest.approx(0.5)

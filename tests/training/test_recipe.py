@@ -7,7 +7,7 @@ import pytest
 from tlcli.config.commands import FinetuneConfig
 from tlcli.config.training import TrainingOptions
 from tlcli.errors import UsageError
-from tlcli.training.recipe import Recipe, resolve
+from tlcli.training.recipe import Recipe, rate_by_steps, resolve
 
 
 def recipe(num_train=1_000, has_batch_norm=True, num_processes=1, **options):
@@ -137,6 +137,9 @@ COLUMNS = "scenario, images, epochs, batch, lr, usual, warm, layer_decay, weight
 TABLE = [
     ("freeze", 250, 30, 32, 2e-3, 2e-3, 5.0, 0.95, 0.02, "frozen"),
     ("freeze", 1_000, 13, 32, 2e-3, 2e-3, 2.6, 0.95, 0.02, "frozen"),
+    ("freeze", 1_280, 10, 32, 2e-3, 2e-3, 2.0, 0.95, 0.02, "frozen"),
+    ("full", 1_280, 10, 32, 1e-3, 1e-3, 2.0, 0.9, 0.02, "frozen"),
+    ("scratch", 1_280, 100, 32, 2e-3, 2e-3, 5.0, 1.0, 0.05, "train"),
     ("freeze", 30_000, 8, 128, 4e-3, 4e-3, 1.6, 0.95, 0.02, "train"),
     ("full", 100, 30, 32, 1e-3, 1e-3, 20 / 3, 0.9, 0.02, "frozen"),
     ("full", 1_000, 13, 32, 1e-3, 1e-3, 2.6, 0.9, 0.02, "frozen"),
@@ -181,6 +184,17 @@ def test_the_rate_is_a_share_of_the_usual_one_until_there_are_enough_steps(scena
         assert recipe(num_train=32, epochs=steps, batch_size=32, scenario=scenario).lr == pytest.approx(
             found.lr
         )
+
+
+def test_what_goes_on_from_a_scratch_run_has_the_whole_rate():
+    assert rate_by_steps(3, "scratch", "run") == 1.0
+    assert rate_by_steps(3, "full", "random") == 1.0
+    assert rate_by_steps(25, "full", "run") == 0.5
+
+
+def test_one_process_unless_told():
+    assert resolve(FinetuneConfig(scenario="full"), num_train=3, has_batch_norm=True).batch_size == 3
+    assert resolve(FinetuneConfig(scenario="full"), num_train=1, has_batch_norm=False).batch_size == 1
 
 
 def test_warm_up_takes_a_fifth_at_most_five_epochs_and_twenty_steps_where_epochs_are_short():

@@ -1,6 +1,9 @@
 """Schedules of the learning rate: their range, their warm-up, their shape and their end."""
 
+import math
+
 import pytest
+import torch
 
 from tests.training.recipes import recipe
 from tlcli.training.schedule import Plateau, rate_factor
@@ -52,3 +55,61 @@ def test_a_plateau_lowers_the_rate_after_its_patience():
     for loss in (1.0, 2.0, 3.0, 4.0):
         other.update(loss, recipe())
     assert other.factor == 1.0
+
+
+# ---- against formulas ------------------------------------------------------------------------------------
+
+
+def cosine(start, end, share):
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def of_torch(steps, make):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule, rates = make(optimizer), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 70])
+def test_cosine_is_torchs(steps):
+    kinds = torch.optim.lr_scheduler
+    expected = of_torch(steps, lambda optimizer: kinds.CosineAnnealingLR(optimizer, steps, eta_min=1e-3))
+    assert factors(steps, sched="cosine", epochs=1, warmup_epochs=0.0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 10, 40])
+def test_one_cycle_rises_from_a_25th_and_falls_to_a_thousandth(steps):
+    rise = max(1, round(0.3 * steps))
+    expected = [
+        cosine(1 / 25, 1, step / rise) if step < rise else cosine(1, 1e-3, (step - rise) / (steps - rise))
+        for step in range(steps)
+    ]
+    assert factors(steps, sched="one-cycle", epochs=1) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("sched", ["constant", "cosine", "exponential"])
+@pytest.mark.parametrize(("epochs", "warm"), [(2, 1), (4, 2), (1, 1), (3, 9)])
+def test_warm_up_rises_evenly_to_the_peak_and_leaves_one_step_at_least(sched, epochs, warm):
+    values, steps = factors(sched=sched, epochs=epochs, warmup_epochs=float(warm)), 10 * epochs
+    rise = min(10 * warm, steps - 1)
+    assert values[:rise] == pytest.approx([(step + 1) / (rise + 1) for step in range(rise)])
+    assert values[rise] == 1.0
+    if sched == "exponential":
+        rest = [recipe().decay_rate ** ((step - rise) / (steps - rise)) for step in range(rise, steps)]
+        assert values[rise:] == pytest.approx(rest)
+
+
+def test_a_loss_that_stays_the_same_is_no_better():
+    plateau, options = Plateau(), recipe(sched="plateau", decay_epochs=2.0, decay_rate=0.5)
+    for loss in (1.0, 1.0, 1.0, 1.0):
+        plateau.update(loss, options)
+    assert (plateau.factor, plateau.waited) == (0.5, 0)
+    plateau.update(0.5, options)
+    plateau.update(0.6, options)
+    assert (plateau.best, plateau.waited) == (0.5, 1)
+    plateau.update(0.4, options)
+    assert (plateau.best, plateau.waited, plateau.factor) == (0.4, 0, 0.5)

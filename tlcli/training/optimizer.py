@@ -58,7 +58,7 @@ def parameter_groups(network: nn.Module, places: Places, recipe: Recipe) -> list
         decay = recipe.weight_decay if penalised else 0.0
         group = groups.setdefault(
             (scale, decay, penalised),
-            {"params": [], "weight_decay": decay, "scale": scale, "lr": 0.0, "penalised": penalised},
+            {"params": [], "weight_decay": decay, "scale": scale, "penalised": penalised},
         )
         group["params"].append(parameter)
     return list(groups.values())
@@ -97,11 +97,11 @@ def make_optimizer(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.
     name = "momentum" if recipe.opt.lower() == "sgd" and not recipe.momentum else recipe.opt
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            groups, opt=name, lr=recipe.lr or 1e-3, momentum=recipe.momentum
-        )
+            groups, opt=name, lr=1.0, momentum=recipe.momentum
+        )  # the rate is set before every step
     except (AssertionError, ImportError, RuntimeError, ValueError, TypeError) as error:
         raise UsageError(
-            f"--opt {recipe.opt} cannot be used: {error or type(error).__name__}.",
+            f"--opt {recipe.opt} cannot be used: {str(error) or type(error).__name__}.",
             hint="Use adamw, sgd or another of timm's that needs no extra package.",
         ) from error
     return optimizer

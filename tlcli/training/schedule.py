@@ -18,19 +18,19 @@ def rate_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 
     Args:
         recipe: Schedule, warm-up and decay.
-        step: Optimiser steps done, from 0.
+        step: Optimiser steps done, from 0; fewer than there are in all.
         steps_per_epoch: Optimiser steps in an epoch.
     """
-    total = max(1, recipe.epochs * steps_per_epoch)
+    total = recipe.epochs * steps_per_epoch
     if recipe.sched == "one-cycle":
         rise = max(1, round(ONE_CYCLE_WARMUP * total))
         if step < rise:
             return _between(ONE_CYCLE_START, 1.0, step / rise)
-        return _between(1.0, MIN_FACTOR, (step - rise) / max(1, total - rise))
+        return _between(1.0, MIN_FACTOR, (step - rise) / (total - rise))
     warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total - 1)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    share = (step - warmup) / max(1, total - warmup)
+    share = (step - warmup) / (total - warmup)
     if recipe.sched == "cosine":
         return _between(1.0, MIN_FACTOR, share)
     if recipe.sched == "exponential":
@@ -42,7 +42,7 @@ def rate_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 
 def _between(start: float, end: float, share: float) -> float:
     """Return the point at `share` of half a cosine from start to end."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 @dataclass
