@@ -1,7 +1,10 @@
 """One optimiser step, beside a plain torch loop and the closed form."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.nn import functional
@@ -178,3 +181,58 @@ def test_without_batch_norm_one_image_is_a_batch():
 
     config = FinetuneConfig(scenario="full", batch_size=1, norm="train")
     assert resolve(config, num_train=10, has_batch_norm=False).batch_size == 1
+
+
+# ---- what a stepper is made of ---------------------------------------------------------------------------
+
+
+def test_l2_sp_pulls_the_backbone_to_where_it_began_and_not_the_head():
+    inputs, labels = batch()
+    ours, plain = network(), network()
+    places = {"1.weight": 1, "1.bias": 1}
+    options = {"weight_decay": 0.0, "label_smoothing": 0.0, "opt": "sgd", "momentum": 0.0, "layer_decay": 1.0}
+    mine = Stepper(
+        ours, recipe(l2_sp=0.5, **options), LABELS,
+        Setting(device=torch.device("cpu"), unit_of=places, num_units=1),
+    )  # fmt: skip
+    mine.start_epoch(train_norm=False)
+    start = {name: value.detach().clone() for name, value in plain.named_parameters()}
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for number in range(3):
+        mine.step(inputs, labels, 0.1, number)
+        optimizer.zero_grad()
+        pull = sum(
+            (value - start[name]).square().sum()
+            for name, value in plain.named_parameters() if name.startswith("suffix")
+        )  # fmt: skip
+        (functional.cross_entropy(plain(inputs), labels) + 0.25 * pull).backward()
+        optimizer.step()
+    for (name, value), (_, expected) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(value, expected, msg=name)
+
+
+def test_an_optimiser_that_cannot_be_saved_is_refused_before_the_first_step(monkeypatch):
+    def refusing(_optimizer):
+        raise UsageError("keeps a generator", hint="Use another.")
+
+    monkeypatch.setattr("tlcli.training.stepper.optimizer_state", refusing)
+    with pytest.raises(UsageError, match="generator"):
+        stepper(network())
+
+
+@pytest.mark.parametrize("tracker", ["none", "tensorboard"])
+def test_a_tracker_is_told_the_recipe_and_closed(monkeypatch, tracker):
+    told, closed = [], []
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda _self, name, config: told.append((name, config)))
+    options = recipe(patience=None, clip_grad=2.0)
+    mine = Stepper(network(), options, LABELS, Setting(device=torch.device("cpu"), tracker=tracker))
+    mine.accelerator.trackers = [SimpleNamespace(finish=lambda: closed.append(tracker))]
+    mine.close()
+    assert closed == [tracker]
+    if tracker == "none":
+        assert not told
+        return
+    ((name, config),) = told
+    assert name == "tlcli"
+    assert (config["clip_grad"], config["epochs"], config["opt"]) == (2.0, 10, "adamw")
+    assert "patience" not in config
