@@ -236,3 +236,62 @@ def test_a_tracker_is_told_the_recipe_and_closed(monkeypatch, tracker):
     assert name == "tlcli"
     assert (config["clip_grad"], config["epochs"], config["opt"]) == (2.0, 10, "adamw")
     assert "patience" not in config
+
+
+def test_what_an_epoch_adds_up_to():
+    """Loss times images, right answers and images, over batches of two sizes, each in two passes."""
+    inputs, labels = batch()
+    net = network()
+    mine = stepper(net, grad_accum=2)
+    mine.start_epoch(train_norm=False)
+    with torch.no_grad():
+        logits = net(inputs)
+    expected = functional.cross_entropy(logits, labels, reduction="none")
+    right = logits.argmax(1) == labels
+    assert 0 < int(right.sum()) < 16
+    for number, part in enumerate((slice(0, 11), slice(11, 16))):
+        mine.step(inputs[part], labels[part], 0.0, number)  # at a rate of 0 the network stays
+    assert not mine.sums.any()
+    assert mine.read() == pytest.approx(float(expected[11:].mean()), rel=1e-5)
+    assert mine.sums.tolist() == pytest.approx([float(expected.sum()), int(right.sum()), 16], rel=1e-5)
+    assert mine.read() == 0.0
+
+
+def test_side_branches_add_their_loss_by_its_weight():
+    class Tapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flat, self.body = nn.Flatten(), nn.Linear(5, 4)
+
+        def forward(self, rows):
+            return self.body(self.flat(rows)).relu()
+
+    def made():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return Network(Tapped(), nn.Linear(4, 3), branches={"body": nn.Linear(4, 3)})
+
+    inputs, labels = batch()
+    ours, plain = made(), made()
+    mine = stepper(ours, aux_weight=0.3)
+    mine.start_epoch(train_norm=False)
+    mine.step(inputs, labels, 0.1, 0)
+    plain.train()
+    logits, side = plain(inputs)
+    loss = functional.cross_entropy(logits, labels)
+    (loss + 0.3 * functional.cross_entropy(side, labels)).backward()
+    assert mine.read() == pytest.approx(float(loss.detach()), rel=1e-5)
+    for (name, value), (_, expected) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(value, expected - 0.1 * expected.grad, msg=name)
+
+
+def test_a_closed_stepper_leaves_a_network_as_any_other():
+    net = network(norm=True)
+    mine = stepper(net, amp="none")
+    mine.start_epoch(train_norm=True)
+    mine.step(*batch(), 0.1, 0)
+    net.head.weight.grad = torch.ones(3, 4)
+    mine.close()
+    assert not net.training
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert not {"_is_accelerate_prepared", "forward"} & vars(net).keys()
