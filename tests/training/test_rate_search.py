@@ -13,7 +13,7 @@ from tlcli.progress import Silent
 from tlcli.training import backbone
 from tlcli.training.loop import network_logits, train
 from tlcli.training.network import Network
-from tlcli.training.rate_search import RateSearch, held_out
+from tlcli.training.rate_search import RateSearch, held_out, nearest
 from tlcli.training.stepper import Stepper
 
 COUNT = 160
@@ -131,8 +131,23 @@ def test_what_is_held_out_is_not_trained_on(count):
     assert len(rest)
 
 
+def test_of_rates_that_may_be_as_good_the_one_nearest_to_the_rule_is_taken():
+    draw = torch.Generator().manual_seed(0)
+    base = torch.rand(50, generator=draw) + 1
+    noise = torch.randn(50, generator=draw)
+    noise -= noise.mean()
+    error = float((noise / noise.std(correction=0)).std(correction=0)) / 49**0.5
+    noise /= noise.std(correction=0)
+    for share, expected in ((0.99, 1.0), (1.01, 1 / 4)):
+        found = nearest({1.0: base + noise + share * error, 1 / 4: base, 4.0: base + 9, 1 / 16: base + noise})
+        assert found == expected
+    assert nearest({4.0: base, 1 / 4: base}) == 1 / 4
+    assert nearest({4.0: base, 1.0: torch.full((50,), float("inf"))}) == 4.0
+    assert nearest({2.0: torch.ones(1), 1.0: torch.full((1,), 1.1)}) == 2.0
+
+
 def test_where_every_rate_diverges_that_is_said(monkeypatch):
-    monkeypatch.setattr(RateSearch, "_loss_after", lambda *_given: float("inf"))
+    monkeypatch.setattr(RateSearch, "_losses_after", lambda *_given: torch.full((4,), float("inf")))
     with pytest.raises(UsageError, match="no learning rate") as caught:
         train(network(), recipe(lr="auto"), Points().samples(), None, setting())
     assert "--clip-grad" in caught.value.hint
@@ -143,9 +158,9 @@ def test_the_search_goes_on_where_the_best_rate_is_at_an_edge(monkeypatch):
 
     def loss(search, batches, held_out, whole, peak):
         tried.append(peak)
-        return 1 + abs(torch.tensor(peak / base).log2().item() - wanted)
+        return torch.full((4,), 1 + abs(torch.tensor(peak / base).log2().item() - wanted))
 
-    monkeypatch.setattr(RateSearch, "_loss_after", loss)
+    monkeypatch.setattr(RateSearch, "_losses_after", loss)
     base = recipe(lr="auto").usual_lr * 15 / 50  # 3 epochs of 5 steps
     for wanted in (-7, -3, 0, 1, 6):
         trained = train(network(), recipe(lr="auto"), Points().samples(), None, setting())
@@ -173,8 +188,10 @@ def test_a_search_in_which_one_step_gives_no_number_counts_as_diverged(monkeypat
     search = RateSearch(stepper, Points(), Points().labels, lambda samples: torch.zeros(1, CLASSES), 1)
     with torch.no_grad():
         net.head.weight.fill_(float("nan"))
-    assert search._loss_after([list(range(8))], [9], 8, 0.1) == float("inf")
+    assert search._losses_after([list(range(8))], [9], 8, 0.1).tolist() == [float("inf")]
     monkeypatch.setattr("tlcli.training.rate_search.processes.gather_objects", lambda mine: [mine, False])
     with torch.no_grad():
         net.head.weight.zero_()
-    assert search._loss_after([list(range(8))], [9], 8, 0.1) == float("inf")  # in the other process
+    assert search._losses_after([list(range(8))], [9], 8, 0.1).tolist() == [
+        float("inf")
+    ]  # in the other process

@@ -3,14 +3,16 @@
 A range test (Smith 2017) raises the rate until the loss no longer falls. From a linear probe that already
 knows the training set there is no fall to find, so the rates are compared by what they lead to. What suits
 a short training is slower than what suits the whole one; so a short training's rates are multiples of the
-rule's rate for its own length, and the best multiple is applied to the rule's rate for the whole.
+rule's rate for its own length, and the best multiple is applied to the rule's rate for the whole. The images
+held out are few: of the multiples that are not worse than the best by more than one standard error, the one
+that is nearest to the rule is taken.
 """
 
 import copy
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -28,7 +30,6 @@ logger = logging.getLogger(__name__)
 STEPS = 24  # of each short training, or all that there are
 MULTIPLES = (1.0, 1 / 4, 4.0, 1 / 16, 16.0)  # of the rule's rate; then on from an edge, and between two
 FURTHEST = 4.0**4
-TIE = 0.01  # of the loss: of rates that are as good the highest is taken, which does more in a long training
 HELD_OUT = 0.2  # of the training images, at most MOST_HELD_OUT
 MOST_HELD_OUT = 256
 
@@ -66,32 +67,32 @@ class RateSearch:
         """
         recipe = self.stepper.recipe
         base = recipe.usual_lr * rate_by_steps(len(batches), recipe.scenario, recipe.head_init)
-        losses: dict[float, float] = {}
+        losses: dict[float, Tensor] = {}
 
         def try_out(*multiples: float) -> float:
             """Return the best multiple of all that were tried, these among them."""
             for multiple in multiples:
                 if multiple not in losses:
-                    losses[multiple] = self._loss_after(batches, held_out, whole, base * multiple)
+                    losses[multiple] = self._losses_after(batches, held_out, whole, base * multiple)
                     logger.debug(
-                        "a short training at %.2g ends at loss %.4f", base * multiple, losses[multiple]
+                        "a short training at %.2g ends at loss %.4f",
+                        *(base * multiple, float(losses[multiple].mean())),
                     )
-            enough = min(losses.values()) * (1 + TIE)
-            return max(multiple for multiple, loss in losses.items() if loss <= enough)
+            return nearest(losses)
 
         best = try_out(*MULTIPLES)
         while best in {min(losses), max(losses)} and max(best, 1 / best) < FURTHEST:
             best = try_out(best * 4 if best == max(losses) else best / 4)
         best = try_out(best / 2, best * 2)
-        if not math.isfinite(losses[best]):
+        if not losses[best].isfinite().all():
             raise UsageError(
                 "--lr auto found no learning rate at which training does not diverge.",
                 hint="Give --lr, or add --clip-grad 1.",
             )
         return recipe.usual_lr * rate_by_steps(total_steps, recipe.scenario, recipe.head_init) * best
 
-    def _loss_after(self, batches: list[list[int]], held_out: list[int], whole: int, peak: float) -> float:
-        """Return the loss on held-out samples after a short training; everything is put back."""
+    def _losses_after(self, batches: list[list[int]], held_out: list[int], whole: int, peak: float) -> Tensor:
+        """Return the losses of held-out samples after a short training, [n]; everything is put back."""
         stepper = self.stepper
         network = {name: value.clone() for name, value in stepper.network.state_dict().items()}
         optimizer = copy.deepcopy(stepper.optimizer.state_dict())
@@ -107,10 +108,11 @@ class RateSearch:
                     wanted = self.labels[batch].to(stepper.device)
                     stepper.step(self.inputs.finish(loaded), wanted, rate, number, whole=whole)
             if not all(processes.gather_objects(_is_finite(stepper))):
-                return math.inf
-            logits = self.measure(held_out)
-            loss = float(functional.cross_entropy(logits, self.labels[held_out]))
-            return loss if math.isfinite(loss) else math.inf
+                return torch.full((len(held_out),), math.inf)
+            logits = self.measure(held_out).double()
+            return functional.cross_entropy(logits, self.labels[held_out], reduction="none").nan_to_num(
+                math.inf
+            )
         finally:
             stepper.network.load_state_dict(network)
             stepper.optimizer.load_state_dict(optimizer)
@@ -118,6 +120,22 @@ class RateSearch:
                 scaler.load_state_dict(scale)
             stepper.average = average
             stepper.reset()
+
+
+def nearest(losses: Mapping[float, Tensor]) -> float:
+    """Return the multiple nearest to 1 whose mean loss is the smallest, or within one standard error of it.
+
+    Args:
+        losses: Multiple -> losses of the same samples, [n].
+    """
+    best = min(losses, key=lambda multiple: float(losses[multiple].mean()))
+
+    def is_as_good(multiple: float) -> bool:
+        more = losses[multiple] - losses[best]
+        error = float(more.std(correction=0)) / math.sqrt(max(1, len(more) - 1))
+        return multiple == best or float(more.mean()) <= error
+
+    return min(filter(is_as_good, losses), key=lambda multiple: (abs(math.log(multiple)), multiple))
 
 
 def _is_finite(stepper: Stepper) -> bool:
