@@ -168,9 +168,7 @@ def train_backbone(
     if probe:
         logits, labels = probe.head.logits(features), labels_of(parts.train)
         network.scale_logits(smoothed_scale(logits, labels, recipe.label_smoothing))
-    row: list[dict[str, Any]] = []
-    if probe and before and before.val is not None:
-        row = [{"kind": "epoch", "epoch": 0, "step": 0, **val_figures(before.val, labels_of(val_part))}]
+    row = [] if probe is None or before is None else _epoch_0(before, val_part)
     without = _head_without(config, probe, features, parts.train, recipe.label_smoothing) if probe else None
     setting = _setting(plan, config, writer, progress, row, without)
     val = Samples(val_inputs, labels_of(val_part)) if val_inputs is not None else None
@@ -231,6 +229,13 @@ class _Measured:
             head = head.shifted(adjustment.values)
         logits = (None if features is None else head.logits(features) for features in (val, chooses))
         return _Logits(head, adjustment, *logits)
+
+
+def _epoch_0(before: _Logits, val_part: Collection) -> list[dict[str, Any]]:
+    """Return the line of metrics.jsonl of the network before training; none without val."""
+    if before.val is None:
+        return []
+    return [{"kind": "epoch", "epoch": 0, "step": 0, **val_figures(before.val, labels_of(val_part))}]
 
 
 def _check_finite(found: _Logits, trained: Trained) -> None:
