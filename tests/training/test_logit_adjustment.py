@@ -64,3 +64,19 @@ def test_classes_with_no_image_on_either_side():
     even = fit_adjustment(logits, torch.tensor([0, 1] * 20), torch.arange(4).repeat(3))
     assert not even.values.any()
     assert found.document()["values"] == pytest.approx(found.values.tolist(), abs=1e-6)
+
+
+def test_what_is_added_has_a_mean_of_zero_and_a_place_for_every_class():
+    points, labels = drawn(SHARES, count=500, seed=4)
+    logits = torch.cat([log_densities(points), torch.full((500, 1), -50.0)], dim=1)
+    found = fit_adjustment(logits, labels, TRAINED_ON)
+    assert found.values.shape == (4,)
+    assert float(found.values.mean()) == pytest.approx(0.0, abs=1e-6)
+    assert 0 <= found.tau <= 1
+    far = fit_adjustment(log_densities(points) + 3 * SHARES.log(), labels, TRAINED_ON)
+    assert far.tau == 1.0
+    counts = torch.bincount(TRAINED_ON).double()
+    expected = -counts.log() + counts.log().mean()
+    assert far.values.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    lone = fit_adjustment(torch.zeros(2, 2), torch.tensor([0, 1]), torch.tensor([0, 0, 0]))
+    assert lone.values.tolist() == [0.0, 0.0]

@@ -39,3 +39,11 @@ def test_rare_images_come_first_and_last_as_often_as_others_where_they_lie_evenl
 def test_balanced_sampling_draws_classes_alike():
     drawn = torch.stack([torch.bincount(LABELS[order], minlength=3) for order in orders(sampling="balanced")])
     assert (drawn.double().mean(0) - 100 / 3).abs().max() < 4
+
+
+def test_an_order_is_a_function_of_what_is_drawn():
+    for options in ({}, {"class_weights": "balanced"}, {"sampling": "balanced"}):
+        first = epoch_order(LABELS, recipe(**options), generator(3, "order", 1))
+        torch.rand(5)  # the process's own numbers have no part in it
+        again = epoch_order(LABELS, recipe(**options), generator(3, "order", 1))
+        assert torch.equal(first, again)

@@ -124,3 +124,43 @@ def test_what_is_held_out_is_stratified_whole_groups_and_never_all_of_a_class():
     assert torch.equal(out, held_out(labels, groups, 0.2, 0))
     assert not torch.equal(out, held_out(labels, groups, 0.2, 1))
     assert int(held_out(labels, groups, 0.5, 0).sum()) in range(40, 60)
+
+
+def test_what_is_said_names_figure_images_and_gain():
+    probe, trained = logits(first(12)), logits(first(17))
+    found = chosen(probe, trained)
+    assert found.document()["gain"] == pytest.approx(0.25)
+    assert found.document()["num_images"] == 20
+    interval = paired_interval(5, 0, 20)
+    assert found.document()["gain_interval"] == interval.document()
+    assert found.sentence().startswith("training won: accuracy 0.850, and 0.600 of")
+    assert found.sentence().endswith("on 20 val images")
+    balanced = chosen(probe, trained, balanced=True)
+    assert "training won: balanced accuracy" in balanced.sentence()
+    pair = candidate("probe", probe, LABELS), candidate("trained", trained, LABELS)
+    assert Comparison(*pair, "train").figures().endswith("on 20 training images held out")
+
+
+def test_without_a_comparison_nothing_is_said():
+    found = Publication("trained")
+    assert found.document()["num_images"] == 0
+    assert (found.insisted, found.sentence(), found.selected_on) == (False, "", None)
+    assert found.give_warnings() is False
+
+
+def test_warnings_are_given_where_there_is_need_and_that_is_told():
+    sure, chance, lost = (
+        chosen(logits(first(2)), logits(first(20))),
+        chosen(logits(first(12)), logits(first(13))),
+        chosen(logits(first(13)), logits(first(12))),
+    )
+    with collected() as warnings:
+        told = [found.give_warnings() for found in (sure, chance, lost)]
+    assert told == [False, True, True]
+    assert [warning["code"] for warning in warnings] == ["not_better_than_probe", "below_probe"]
+
+
+def test_a_gain_that_may_be_chance_is_warned_of_only_beside_a_probe_and_by_accuracy():
+    pair = candidate("earlier", logits(first(12)), LABELS), candidate("trained", logits(first(13)), LABELS)
+    assert warnings_of(publish(Comparison(*pair, "val"), insist=False)) == []
+    assert warnings_of(chosen(logits(first(12)), logits(first(13)), balanced=True)) == []
