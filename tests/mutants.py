@@ -224,7 +224,7 @@ def run_tests(mutant: Mutant, tests: list[str], seconds: float) -> str:
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
-        signal.alarm(int(seconds) + 10)  # where the parent is no more
+        signal.alarm(int(seconds) + 10)  # in case the parent was killed
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)

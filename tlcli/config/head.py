@@ -71,8 +71,8 @@ class HeadOptions(Options):
     folds: int = option(5, "Cross-validation folds inside train that choose the head.", minimum=2, maximum=20)
     class_weights: Literal["none", "balanced"] = option(
         "none",
-        "balanced weighs classes by inverse frequency and, where units are trained, moves the logits by what "
-        "images held out show; try it when rare classes matter most.",
+        "balanced weighs classes by inverse frequency and, where units are trained, adjusts the logits on "
+        "held-out images; try it when rare classes matter most.",
     )
     label_smoothing: float | None = option(
         None,

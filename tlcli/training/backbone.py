@@ -48,8 +48,8 @@ class TrainedBackbone:
         probe: The head on frozen features it started from.
         probe_accuracy: Accuracy on val of the network before training.
         publication: Whether the trained network is published or that of the probe.
-        adjustment: What the head's biases hold beyond what training left; None where classes do not weigh
-            the same, or without images to fit it to.
+        adjustment: Added to the head's biases after training; None unless classes are balanced and there are
+            images to fit it to.
         before: fp32 [N, C] of val's images before training; None without val or probe.
         after: The same of the trained network, published or not.
     """
@@ -93,8 +93,8 @@ class Parts:
     Attributes:
         train: Trained on.
         val: Measured on; may be empty.
-        chooses: Choose between probe and trained network, and what rare classes are owed: val, or held out
-            of train; None for neither.
+        chooses: Choose between probe and trained network, and fit the logit adjustment: val, or held out of
+            train; None for neither.
     """
 
     train: Collection

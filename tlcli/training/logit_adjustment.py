@@ -1,11 +1,11 @@
-"""Logit adjustment: what a network trained with balanced classes owes its rare ones.
+"""Logit adjustment for networks that are trained with balanced classes.
 
-Weights and balanced sampling lose their effect once a network has learnt its few images of a class by heart:
-the loss is then small whatever they weigh, and other images of the class lie on the wrong side of a boundary
-drawn too close to the ones it knows. Logits that grow by tau times minus the log of the class's share move
-that boundary back (post-hoc logit adjustment; Menon et al. 2021, "Long-tail learning via logit adjustment",
-equation 9). Where they leave tau to be tuned, it is fitted here, one number whatever the number of classes,
-to images that were not trained on.
+Once a network has memorised its few images of a class, their loss is small whatever they weigh, and class
+weights or balanced sampling no longer have an effect: the decision boundary lies too close to those images,
+and others of the class fall on the wrong side of it. Adding tau times minus the log of each class's share to
+the logits moves the boundary back (post-hoc logit adjustment; Menon et al. 2021, "Long-tail learning via
+logit adjustment", equation 9). Here tau, one number whatever the number of classes, is fitted to images that
+were not trained on.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-MOST = 1.0  # what is right where training did nothing about the shares
+MOST = 1.0  # the right tau for a network trained without weights
 
 
 @dataclass(frozen=True)
