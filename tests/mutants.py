@@ -34,19 +34,7 @@ LIBRARIES = (
     "accelerate", "coverage", "hypothesis", "numpy", "PIL.Image", "pytest", "scipy.optimize", "sklearn",
     "timm", "timm.optim", "torch", "torchvision", "typer", "rich",
 )  # fmt: skip
-PYTEST = [
-    "-q",
-    "-x",
-    "-p",
-    "no:cacheprovider",
-    "-p",
-    "no:cov",
-    "-p",
-    "no:xdist",
-    "--no-header",
-    "-o",
-    "addopts=",
-]
+PYTEST = ["-q", "-x", "--no-header", "-o", "addopts=", "-p", "no:cacheprovider"]
 KEPT_OUT = ["--import-mode=importlib", "-m", "not slow and not gpu and not network and not real"]
 
 MOST_SECONDS = 10.0  # of other modules' tests, for a fault that the module's own did not notice

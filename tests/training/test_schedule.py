@@ -113,3 +113,11 @@ def test_a_loss_that_stays_the_same_is_no_better():
     assert (plateau.best, plateau.waited) == (0.5, 1)
     plateau.update(0.4, options)
     assert (plateau.best, plateau.waited, plateau.factor) == (0.4, 0, 0.5)
+
+
+@pytest.mark.parametrize("sched", ["cosine", "constant", "step", "exponential", "plateau", "one-cycle"])
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_the_end_of_a_training_has_a_rate_too(sched, steps):
+    """It is asked for after the last step, by the line of the last epoch."""
+    options = recipe(sched=sched, epochs=1)
+    assert 0 < rate_factor(options, steps, steps) <= 1

@@ -18,7 +18,7 @@ def rate_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 
     Args:
         recipe: Schedule, warm-up and decay.
-        step: Optimiser steps done, from 0; fewer than there are in all.
+        step: Optimiser steps done, from 0; all of them gives the rate that is told of the last epoch.
         steps_per_epoch: Optimiser steps in an epoch.
     """
     total = recipe.epochs * steps_per_epoch
@@ -26,7 +26,7 @@ def rate_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
         rise = max(1, round(ONE_CYCLE_WARMUP * total))
         if step < rise:
             return _between(ONE_CYCLE_START, 1.0, step / rise)
-        return _between(1.0, MIN_FACTOR, (step - rise) / (total - rise))
+        return _between(1.0, MIN_FACTOR, (step - rise) / max(1, total - rise))
     warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total - 1)
     if step < warmup:
         return (step + 1) / (warmup + 1)
