@@ -92,6 +92,9 @@ def test_the_head_of_a_search_knows_nothing_of_what_it_is_kept_from(folder):
     changed = features.clone()
     changed[out] = 100.0
     again = backbone._head_without(config, probe, changed, collection, 0.0)(out)
+    alone = collection.select([0])
+    lone = backbone._head_without(config, probe, features[:1], alone, 0.0)(torch.tensor([0]))
+    assert lone["head.weight"].isfinite().all()
     assert set(found) == {"head.weight", "head.bias"}
     assert same(found, again)
     assert not torch.allclose(found["head.weight"], probe.head.weight)

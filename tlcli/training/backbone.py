@@ -342,7 +342,7 @@ def _head_without(
 
     def head_without(out: Tensor) -> dict[str, Tensor]:
         kept = torch.ones(len(features), dtype=torch.bool)
-        kept[out] = False
+        kept[out] = len(out) == len(features)  # a single image is held out and trained on
         rest = part.select(torch.nonzero(kept).flatten().tolist())
         head = _fit_probe(config, features[kept], rest, Silent(), l2=l2, scaling=scaling).head
         network = make_network(
