@@ -78,5 +78,9 @@ def test_what_is_added_has_a_mean_of_zero_and_a_place_for_every_class():
     counts = torch.bincount(TRAINED_ON).double()
     expected = -counts.log() + counts.log().mean()
     assert far.values.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    one = fit_adjustment(
+        torch.tensor([[9.0, 0.0], [9.0, 0.0]]), torch.tensor([0, 1]), torch.tensor([0] * 8 + [1])
+    )
+    assert one.values.diff().item() == pytest.approx(torch.tensor(8.0).log().item(), abs=1e-5)
     lone = fit_adjustment(torch.zeros(2, 2), torch.tensor([0, 1]), torch.tensor([0, 0, 0]))
     assert lone.values.tolist() == [0.0, 0.0]

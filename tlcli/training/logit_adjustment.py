@@ -53,13 +53,13 @@ def fit_adjustment(
     counts = torch.bincount(trained_on, minlength=logits.shape[1]).clamp_min(1).double()
     rarity = -counts.log()
     rarity -= rarity.mean()
-    there = torch.bincount(labels, minlength=logits.shape[1])
+    there = torch.bincount(labels)
     weights = 1.0 / there[labels].double()
 
     def loss(tau: float) -> float:
         losses = cross_entropy(logits.double() + tau * rarity, labels, reduction="none")
         return float((weights * losses).sum())
 
-    tau = float(minimize_scalar(loss, bounds=(0.0, MOST), method="bounded").x)
+    tau = float(minimize_scalar(loss, bounds=(0.0, MOST)).x)
     tau = min((0.0, tau, MOST), key=loss)
     return LogitAdjustment(tau, (tau * rarity).float(), fitted_on)

@@ -16,7 +16,7 @@ def epoch_order(labels: Tensor, recipe: Recipe, draw: Generator) -> Tensor:
     """
     count = len(labels)
     if recipe.sampling == "balanced":
-        per_class = torch.bincount(labels).clamp_min(1)
+        per_class = torch.bincount(labels)
         return torch.multinomial(1.0 / per_class[labels].double(), count, replacement=True, generator=draw)
     order = torch.randperm(count, generator=draw)
     return spread(labels, order, draw) if recipe.class_weights == "balanced" else order
@@ -39,4 +39,4 @@ def spread(labels: Tensor, order: Tensor, draw: Generator) -> Tensor:
         own = order[labels[order] == label]
         begin = torch.rand(1, generator=draw, dtype=torch.float64)
         place[own] = (torch.arange(len(own)) + begin) / len(own)
-    return place.argsort(stable=True)
+    return place.argsort()
