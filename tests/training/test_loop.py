@@ -1,9 +1,11 @@
 """The loop: resumed equals uninterrupted, whatever is switched on; and what it says is what happened."""
 
+import contextlib
 import itertools
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tlcli.machine.interrupts import SIGNALS
 from tlcli.progress import Silent
 from tlcli.training import stepper
 from tlcli.training.checkpoints import Checkpoints
+from tlcli.training.continued import Continued
 from tlcli.training.inputs import PLAIN
 from tlcli.training.loop import Samples, network_logits, train
 from tlcli.training.network import Network
@@ -288,6 +291,249 @@ def test_data_smaller_than_a_batch_is_one_batch(count):
     trained = train(network(), options, points.samples(), None, setting())
     assert trained.steps == 3
     assert "val_accuracy" not in trained.history[0]
+
+
+# ---- what it tells --------------------------------------------------------------------------------------
+
+
+class Told(Silent):
+    """What a training told while it ran."""
+
+    def __init__(self):
+        self.calls = []
+
+    def start(self, stage, total=None, unit="images"):
+        self.calls.append((stage, total))
+
+    def advance(self, amount=1):
+        self.calls.append(amount)
+
+    def describe(self, text):
+        self.calls.append(text)
+
+    def finish(self):
+        self.calls.append("finished")
+
+    @property
+    def amounts(self):
+        return [call for call in self.calls if isinstance(call, int | float)]
+
+
+def test_progress_counts_images_from_where_a_checkpoint_is(tmp_path):
+    told, again = Told(), Told()
+    run(recipe(epochs=2), tmp_path, progress=told, checkpoint_seconds=0)
+    assert told.calls[0] == ("training", 80)
+    assert told.calls[-1] == "finished"
+    assert told.amounts == [0, *[8] * 10]
+    texts = [call for call in told.calls if isinstance(call, str) and call != "finished"]
+    assert [text.split("  ")[0] for text in texts] == ["epoch 1"] * 5 + ["epoch 2"] * 5
+    losses = [float(text.split()[3]) for text in texts]
+    assert all(0.3 < loss < 3 for loss in losses), texts
+    run(recipe(epochs=2), tmp_path, progress=again)
+    assert again.calls[0] == ("training", 80)
+    assert again.amounts == [80]
+
+
+def test_the_running_figures_are_those_of_the_epoch_so_far():
+    told = Told()
+    _, trained = run(recipe(epochs=2, mixup=0.0), progress=told)
+    texts = [call for call in told.calls if isinstance(call, str) and call != "finished"]
+    for row, text in zip(trained.history, (texts[4], texts[9]), strict=True):
+        figures = f"loss {row['train_loss']:.3f}  accuracy {row['train_accuracy']:.3f}"
+        assert text == f"epoch {row['epoch']}  {figures}"
+
+
+def test_a_resumed_training_says_where_and_a_new_one_nothing(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="tlcli"):
+        run(recipe(epochs=2), tmp_path, checkpoint_seconds=0)
+        assert not [text for text in caplog.messages if "resumed" in text]
+        assert "learning rate" not in caplog.text
+        run(recipe(epochs=2), tmp_path)
+    assert "resumed at step 10, epoch 3 of 2" in caplog.messages
+    lines = [text for text in caplog.messages if text.startswith("epoch ")]
+    assert len(lines) == 2
+    assert all(" val 0." in text for text in lines)
+    assert lines[1].startswith("epoch 2/2  loss ")
+
+
+def test_a_found_rate_is_said(caplog):
+    with caplog.at_level("INFO", logger="tlcli"):
+        _, trained = run(recipe(epochs=1, lr="auto"))
+    assert f"learning rate {trained.lr:.2g}, found by short trainings" in caplog.messages
+
+
+def test_what_a_training_gives_back():
+    net, trained = run(recipe(epochs=1))
+    assert trained.share_of_zeros is None
+    assert 0 < trained.seconds < 600
+    assert trained.lr == 0.02
+    net, trained = run(recipe(epochs=5, l1=1.0))
+    weights = [net.suffix[0].weight, net.head.weight]
+    zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    assert trained.share_of_zeros == pytest.approx(zeros, abs=1e-6)
+    net = network()
+    train(net, recipe(epochs=1), Points().samples(), None, setting())
+    assert not net.training
+    assert not {"forward", "_is_accelerate_prepared"} & vars(net).keys()
+
+
+def test_a_finished_training_that_goes_on_numbers_its_epochs_on(caplog):
+    earlier = ({"kind": "epoch", "epoch": 7, "step": 35, "train_loss": 0.1},)
+    continued = Continued(Path("run"), 7, 35, 9, earlier, {})
+    points, val = Points(), Points(1).samples()
+    with caplog.at_level("INFO", logger="tlcli"):
+        options = recipe(epochs=2, patience=3)
+        trained = train(network(), options, points.samples(), val, setting(), continued)
+    assert [row["epoch"] for row in trained.history] == [7, 8, 9]
+    assert [row["step"] for row in trained.history] == [35, 40, 45]
+    assert trained.steps == 45
+    assert trained.best_epoch in (8, 9)  # patience counts from the epochs before, or it would have stopped
+    assert [text.split()[1] for text in caplog.messages if text.startswith("epoch")] == ["8/9", "9/9"]
+    fresh = train(network(), options, Points().samples(), val, setting())
+    assert fresh.history[0]["train_loss"] != trained.history[1]["train_loss"]  # other draws than epoch 1
+
+
+@pytest.mark.parametrize(("amp", "wanted"), [("bf16", True), ("none", False)])
+def test_slow_kernels_are_avoided_only_where_bf16_is_used(monkeypatch, amp, wanted):
+    entered = []
+
+    @contextlib.contextmanager
+    def noted(network):
+        entered.append(network)
+        yield
+
+    monkeypatch.setattr("tlcli.training.loop.fp32_where_bf16_is_slow", noted)
+    net, _ = run(recipe(epochs=1), amp=amp)
+    assert entered == ([net] if wanted else [])
+
+
+def test_logits_forget_what_a_network_kept_in_eval_mode():
+    class Keeping(nn.Module):
+        """Computes its bias once in eval mode, as some attention layers of timm do."""
+
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(WIDTH))
+            self.kept = None
+
+        def train(self, mode=True):
+            if mode:
+                self.kept = None
+            return super().train(mode)
+
+        def forward(self, inputs):
+            if self.kept is None:
+                self.kept = self.bias.detach().clone()
+            return inputs.flatten(1) + self.kept
+
+    net = Keeping()
+    before = network_logits(net, Points(), workers=1)
+    net.bias.data += 1.0
+    assert torch.equal(network_logits(net, Points(), workers=1), before + 1.0)
+    assert not net.training
+    some = network_logits(net, Points(), workers=1, samples=[5, 3])
+    assert torch.equal(some, (before + 1.0)[[5, 3]])
+
+
+# ---- several processes: what one of them does -------------------------------------------------------------
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """This process is the first of two, and the other gives the same, unless `given` says otherwise."""
+    given = []
+    monkeypatch.setattr("tlcli.machine.processes.world_size", lambda: 2)
+    monkeypatch.setattr("tlcli.machine.processes.start", lambda device: None)
+    monkeypatch.setattr(
+        "tlcli.machine.processes.gather_objects",
+        lambda mine: [mine, given[0] if given and (mine is None or isinstance(mine, int)) else mine],
+    )
+    return given
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_logits_of_two_processes_are_those_of_one(monkeypatch, count):
+    net, points = network(dropout=0.0).eval(), Points(count=count)
+    expected = network_logits(net, points, workers=1)
+    shares = []
+    monkeypatch.setattr("tlcli.machine.processes.world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr("tlcli.machine.processes.rank", lambda rank=rank: rank)
+        monkeypatch.setattr(
+            "tlcli.machine.processes.gather_objects",
+            lambda mine: shares.append(mine) or [torch.zeros(1, 3)] * 2,
+        )
+        with contextlib.suppress(RuntimeError):
+            network_logits(net, points, workers=1)
+    assert [len(share) for share in shares] == [(count + 1) // 2, count // 2]
+    assert len(shares) == 2
+    for order in ([0, 1], [1, 0]) if count % 2 == 0 else ([0, 1],):
+        monkeypatch.setattr(
+            "tlcli.machine.processes.gather_objects", lambda mine, order=order: [shares[n] for n in order]
+        )
+        found = network_logits(net, points, workers=1)
+        wanted = expected if order == [0, 1] else expected.view(-1, 2, 3).flip(1).reshape(-1, 3)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_signal_to_the_other_process_stops_this_one_at_the_same_step(tmp_path, second_of_two):
+    class Signalled(Silent):
+        steps = 0
+
+        def advance(self, amount=1):
+            self.steps += 1
+            if self.steps == 4:
+                second_of_two.append(15)
+
+    with pytest.raises(Interrupted) as caught:
+        run(recipe(norm="frozen"), tmp_path, progress=Signalled())
+    assert caught.value.exit_code == 128 + 15
+    assert Checkpoints(tmp_path).newest().step == 3
+
+
+def test_figures_of_an_epoch_are_sums_over_processes(second_of_two):
+    trained = train(network(), recipe(norm="frozen"), Points().samples(), None, setting())
+    assert all(0 < row["train_accuracy"] <= 1 for row in trained.history)
+
+
+def test_each_process_takes_its_part_of_every_batch(monkeypatch, second_of_two):
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr("tlcli.machine.processes.rank", lambda rank=rank: rank)
+        seen = []
+
+        class Watched(Points):
+            def load(self, indices, epoch, turn):
+                seen.append(tuple(indices))  # noqa: B023 (read before the next turn)
+                return super().load(indices, epoch, turn)
+
+        train(
+            network(),
+            recipe(norm="frozen", epochs=1, batch_size=7),
+            Watched().samples(),
+            None,
+            setting(workers=1),
+        )
+        parts.append(seen)
+    assert [len(part) for part in parts[0]] == [4] * 6
+    assert [len(part) for part in parts[1]] == [3] * 6
+    assert len({image for part in parts for batch in part for image in batch}) == 42
+
+
+def test_only_the_first_process_saves_and_tells(monkeypatch, tmp_path, second_of_two, caplog):
+    monkeypatch.setattr("tlcli.machine.processes.rank", lambda: 1)
+    told = []
+    with caplog.at_level("INFO", logger="tlcli"):
+        run_options = setting(tmp_path, checkpoint_seconds=0, on_epoch=lambda rows: told.append(rows))
+        train(network(), recipe(norm="frozen", epochs=1), Points().samples(), None, run_options)
+    assert Checkpoints(tmp_path).newest() is None
+    assert told == []
+    assert not [text for text in caplog.messages if text.startswith("epoch")]
+
+
+def test_fewer_images_than_processes_are_refused(second_of_two):
+    with pytest.raises(UsageError, match="A batch of 1 images cannot be divided over 2 processes"):
+        train(network(), recipe(), Points(count=1).samples(), None, setting())
 
 
 # ---- resuming --------------------------------------------------------------------------------------------

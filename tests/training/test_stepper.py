@@ -63,6 +63,13 @@ def test_a_step_is_that_of_a_plain_loop(smoothing, weights, passes):
         torch.testing.assert_close(value, expected - 0.1 * expected.grad, msg=name)
 
 
+def test_a_class_without_images_does_not_change_the_weights_of_others():
+    labels = torch.tensor([0] * 12 + [2] * 4)
+    mine = Stepper(network(), recipe(class_weights="balanced"), labels, Setting(device=torch.device("cpu")))
+    assert mine.class_weights[[0, 2]].tolist() == pytest.approx([16 / (2 * 12), 16 / (2 * 4)])
+    assert mine.class_weights.isfinite().all()
+
+
 def test_a_mixed_image_weighs_as_the_classes_it_is_mixed_of():
     mine = stepper(network(), class_weights="balanced", label_smoothing=0.1)
     logits = torch.randn(1, 3, generator=torch.Generator().manual_seed(2))
@@ -119,6 +126,19 @@ def test_parts_of_a_batch_weigh_by_their_images(monkeypatch):
         torch.testing.assert_close((one + other) / 2, expected.grad)
 
 
+@pytest.mark.parametrize("norm", [True, False])
+def test_statistics_of_processes_are_averaged_where_batch_norm_follows_the_data(monkeypatch, norm):
+    mine = stepper(network(norm=True))
+    averaged = []
+    monkeypatch.setattr("tlcli.training.stepper.processes.average", averaged.append)
+    for world, expected in ((1, 0), (2, int(norm))):
+        monkeypatch.setattr("tlcli.training.stepper.processes.world_size", lambda world=world: world)
+        averaged.clear()
+        mine.start_epoch(train_norm=norm)
+        mine.step(*batch(), 0.1, 0)
+        assert len(averaged) == expected
+
+
 # ---- fp16 -----------------------------------------------------------------------------------------------
 
 
@@ -130,6 +150,7 @@ def scaled(net, **options):
     mine.accelerator._optimizers[:] = [mine._prepared]
     mine.accelerator.scaler = scaler
     mine.accelerator.state._mixed_precision = "fp16"
+    mine.accelerator.native_amp = True
     return mine, scaler
 
 
@@ -144,6 +165,31 @@ def test_clipping_under_a_loss_scale_bounds_the_true_gradient(mode, limit):
     moved = torch.cat([value.detach().flatten() for value in net.parameters()]) - before
     size = moved.norm() if mode == "norm" else moved.abs().max()
     assert 0 < float(size) <= 2 * limit * 1.0001
+
+
+@pytest.mark.parametrize("under_scale", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "clip"),
+    [("norm", nn.utils.clip_grad_norm_), ("value", nn.utils.clip_grad_value_)],
+)
+def test_a_clipped_step_is_that_of_a_plain_loop(under_scale, mode, clip):
+    """A limit that some gradients are above and some below, and a penalty that is clipped with the loss."""
+    limit, options = (0.2, 0.05)[mode == "value"], {"clip_mode": mode, "l2": "0.01"}
+    ours, plain = network(), network()
+    mine = stepper(ours, clip_grad=limit, **options)
+    if under_scale:
+        mine, _ = scaled(ours, clip_grad=limit, **options)
+    mine.start_epoch(train_norm=False)
+    inputs, labels = batch()
+    mine.step(inputs, labels, 0.1, 0)
+    weights = plain.suffix[1].weight.square().sum() + plain.head.weight.square().sum()
+    (functional.cross_entropy(plain(inputs), labels) + 0.005 * weights).backward()
+    sizes = torch.cat([value.grad.flatten().abs() for value in plain.parameters()])
+    assert sizes.min() < 0.05 < sizes.max()
+    assert sizes.norm() > 0.2
+    clip(plain.parameters(), limit)
+    for (name, value), (_, expected) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(value, expected - 0.1 * expected.grad, msg=name)
 
 
 def test_a_skipped_step_moves_nothing_and_is_not_averaged():
@@ -295,3 +341,56 @@ def test_a_closed_stepper_leaves_a_network_as_any_other():
     assert not net.training
     assert all(parameter.grad is None for parameter in net.parameters())
     assert not {"_is_accelerate_prepared", "forward"} & vars(net).keys()
+
+
+def test_trackers_write_where_the_setting_says(tmp_path):
+    mine = Stepper(
+        network(), recipe(), LABELS, Setting(device=torch.device("cpu"), log_dir=str(tmp_path / "logs"))
+    )
+    assert mine.accelerator.project_dir == str(tmp_path / "logs")
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_nothing_of_accelerate_is_left_in_a_closed_stepper_s_network(amp):
+    net = network()
+    before = set(vars(net))
+    mine = Stepper(net, recipe(), LABELS, Setting(device=torch.device("cpu"), amp=amp))
+    assert set(vars(net)) > before
+    assert mine.accelerator.mixed_precision == {"none": "no"}.get(amp, amp)
+    mine.close()
+    assert set(vars(net)) == before
+
+
+def test_channels_last_is_the_memory_format_of_weights_where_it_is_asked_for():
+    for wanted in (True, False):
+        net = Network(nn.Sequential(nn.Conv2d(5, 4, 3, padding=1), nn.Flatten()), nn.Linear(4, 3))
+        Stepper(net, recipe(), LABELS, Setting(device=torch.device("cpu"), channels_last=wanted))
+        assert net.suffix[0].weight.is_contiguous(memory_format=torch.channels_last) == wanted
+
+
+def test_a_loss_that_is_no_number_is_said_with_its_step_and_rate():
+    mine = stepper(network())
+    inputs, labels = batch()
+    mine.start_epoch(train_norm=False)
+    mine.step(inputs, labels, 0.1, 0)
+    mine.step(inputs * float("nan"), labels, 0.25, 41)
+    with pytest.raises(
+        UsageError, match=r"The loss is nan at step 42, learning rate 0.25: training diverged"
+    ):
+        mine.read()
+
+
+def test_what_is_reset_is_forgotten():
+    mine = stepper(network())
+    mine.start_epoch(train_norm=False)
+    for _ in range(2):
+        mine.step(*batch(), 0.1, 0)
+        mine.read()
+    mine.step(*batch(), 0.1, 0)
+    assert mine.is_due()
+    assert mine.sums[2] == 32
+    mine.reset()
+    assert not mine.is_due()
+    assert mine.sums.tolist() == [0.0, 0.0, 0.0]
+    assert mine.read() == 0.0
+    assert mine.sums[2] == 0

@@ -133,7 +133,8 @@ def network_logits(
     width = next(share.shape[1] for share in shares if len(share))
     result = torch.empty(len(wanted), width)
     for rank, share in enumerate(shares):
-        result[rank :: processes.world_size()] = share
+        if len(share):  # fewer samples than processes leave some without one, and so without a width
+            result[rank :: processes.world_size()] = share
     return result
 
 
@@ -165,7 +166,7 @@ class _Loop:
                 f"A batch of {self.batch_size} images cannot be divided over {self.world} processes.",
                 hint="Use fewer processes.",
             )
-        self.steps_per_epoch = max(1, len(data.labels) // self.batch_size)
+        self.steps_per_epoch = len(data.labels) // self.batch_size
         self.stepper = Stepper(network, recipe, data.labels, setting)
         # Counters, schedule and checkpoints are of this training alone; what is told, and what is drawn by
         # chance, goes on from the epochs before.
@@ -283,7 +284,7 @@ class _Loop:
         size = min(self.batch_size, len(order))
         return [
             order[step * size + self.rank : (step + 1) * size : self.world].tolist()
-            for step in range(max(1, len(order) // size))
+            for step in range(len(order) // size)
         ]
 
     @property

@@ -91,7 +91,7 @@ class Stepper:
         for name in ("_is_accelerate_prepared", "forward"):
             vars(self.network).pop(name, None)
         self.network.to("cpu").eval()
-        self.network.zero_grad(set_to_none=True)
+        self.network.zero_grad()
 
     def start_epoch(self, *, train_norm: bool) -> None:
         """Put the network in train mode.
@@ -124,7 +124,7 @@ class Stepper:
         targets = functional.one_hot(labels, self.network.num_classes).to(inputs.dtype)
         inputs, targets = mix(inputs, targets, recipe, draw)
         total = torch.zeros((), device=self.device)
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        correct = torch.zeros((), device=self.device)
         # Even parts: one of a single sample would have no statistics for BatchNorm to follow.
         pieces = min(recipe.grad_accum, count)
         parts = list(zip(inputs.tensor_split(pieces), targets.tensor_split(pieces), strict=True))
@@ -160,7 +160,7 @@ class Stepper:
         """Forget what steps gave, and their gradients."""
         self._unread.clear()
         self.sums.zero_()
-        self.network.zero_grad(set_to_none=True)
+        self.network.zero_grad()
 
     def is_due(self) -> bool:
         """Return whether enough steps have gone by to look at their losses."""
@@ -205,7 +205,7 @@ class Stepper:
             return None
         counts = torch.bincount(labels, minlength=self.network.num_classes).float()
         present = int((counts > 0).sum())
-        weights = torch.where(counts > 0, counts.sum() / (counts.clamp_min(1) * present), 1.0)
+        weights: Tensor = counts.sum() / (counts.clamp_min(1) * present)  # no image has an absent class
         return weights.to(self.device)
 
 
