@@ -389,7 +389,9 @@ def test_what_is_reset_is_forgotten():
     mine.step(*batch(), 0.1, 0)
     assert mine.is_due()
     assert mine.sums[2] == 32
+    mine.network.head.weight.grad = torch.ones(3, 4)
     mine.reset()
+    assert mine.network.head.weight.grad is None
     assert not mine.is_due()
     assert mine.sums.tolist() == [0.0, 0.0, 0.0]
     assert mine.read() == 0.0
