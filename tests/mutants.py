@@ -150,7 +150,8 @@ def _changes(node: Any) -> Iterator[tuple[Any, str]]:
     elif isinstance(node, ast.Call):
         for index, keyword in enumerate(node.keywords):
             if keyword.arg is not None:
-                yield changed(keywords=[*node.keywords[:index], *node.keywords[index + 1 :]])
+                other, _ = changed(keywords=[*node.keywords[:index], *node.keywords[index + 1 :]])
+                yield other, f"{_code(node.func)}({keyword.arg}=...) -> {_code(node.func)}()"
     if isinstance(node, ast.AugAssign):
         yield ast.copy_location(ast.Pass(), node), f"{_code(node)} -> pass"
 
