@@ -37,6 +37,7 @@ LIBRARIES = (
 PYTEST = ["-q", "-x", "--no-header", "-o", "addopts=", "-p", "no:cacheprovider"]
 KEPT_OUT = ["--import-mode=importlib", "-m", "not slow and not gpu and not network and not real"]
 
+TIMEOUT = 86  # exit code
 MOST_SECONDS = 10.0  # of other modules' tests, for a fault that the module's own did not notice
 
 COMPARISONS: dict[type, tuple[type, ...]] = {
@@ -208,12 +209,25 @@ class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.mutant.tree, str(ROOT / self.mutant.module), "exec"), module.__dict__)
 
 
-def run_tests(mutant: Mutant, tests: list[str], seconds: float) -> str:
+class Limit:
+    """Ends a process in which one test takes far longer than it does without a fault."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+
+    def pytest_runtest_setup(self, item: Any) -> None:
+        """Begin to count."""
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(TIMEOUT))
+        signal.alarm(20 + int(20 * self.seconds.get(item.nodeid, 1.0)))
+
+
+def run_tests(mutant: Mutant, tests: list[str], seconds: dict[str, float]) -> str:
     """Run tests on a fault in a fork; return killed, survived or timeout (which is noticed too)."""
+    most = 30 + 4 * sum(seconds.get(name, 1.0) for name in tests)
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
-        signal.alarm(int(seconds) + 10)  # in case the parent was killed
+        signal.alarm(int(most) + 10)  # in case the parent was killed
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
@@ -223,14 +237,16 @@ def run_tests(mutant: Mutant, tests: list[str], seconds: float) -> str:
 
             sys.meta_path.insert(0, Loader(mutant))
             with tempfile.TemporaryDirectory() as folder:
-                code = int(pytest.main([*PYTEST, *KEPT_OUT, f"--basetemp={folder}/t", *tests]))
+                options = [*PYTEST, *KEPT_OUT, f"--basetemp={folder}/t", *tests]
+                code = int(pytest.main(options, plugins=[Limit(seconds)]))
         finally:
             os._exit(code)
-    ends = time.monotonic() + seconds
+    ends = time.monotonic() + most
     while time.monotonic() < ends:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return "survived" if os.waitstatus_to_exitcode(status) == 0 else "killed"
+            code = os.waitstatus_to_exitcode(status)
+            return {0: "survived", TIMEOUT: "timeout"}.get(code, "killed")
         time.sleep(0.02)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -317,10 +333,10 @@ def main() -> int:
         mine = [name for name in tests if own in name] or tests
         if not mine:  # what runs when the module is loaded
             mine = [file for file in settings["tests"] if file.endswith(own)]
-        outcome = run_tests(mutant, mine, 60 + 10 * sum(seconds.get(name, 1.0) for name in mine))
+        outcome = run_tests(mutant, mine, seconds)
         others = within([name for name in tests if name not in mine], seconds, MOST_SECONDS)
         if outcome == "survived" and others:
-            outcome = run_tests(mutant, others, 60 + 10 * MOST_SECONDS)
+            outcome = run_tests(mutant, others, seconds)
         with options.results.open("a", newline="") as file:
             csv.writer(file).writerow([*mutant.key, outcome])
         if outcome == "survived":
