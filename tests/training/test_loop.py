@@ -220,6 +220,26 @@ def test_early_stopping_keeps_the_best_weights():
     )
 
 
+def wrong():
+    """Samples whose labels are wrong: the better a network learns, the worse it does on them."""
+    points = Points(1)
+    return Samples(points, (points.labels + 1) % CLASSES)
+
+
+def test_a_training_that_only_gets_worse_on_val_stops_after_its_patience():
+    trained = train(network(), recipe(epochs=30, patience=3), Points().samples(), wrong(), setting())
+    assert trained.best_epoch < 20
+    assert len(trained.history) == trained.best_epoch + 3
+
+
+def test_a_plateau_lowers_the_rate():
+    options = recipe(epochs=25, sched="plateau")
+    trained = train(network(), options, Points().samples(), wrong(), setting())
+    rates = [row["lr"] for row in trained.history]
+    assert min(rates) < max(rates) <= 0.02
+    assert rates[-1] == min(rates)
+
+
 def test_the_average_is_what_is_measured_and_kept():
     net, trained = run(recipe(ema=0.9))
     other, _ = run(recipe())
@@ -365,6 +385,7 @@ def test_a_found_rate_is_said(caplog):
 def test_what_a_training_gives_back():
     net, trained = run(recipe(epochs=1))
     assert trained.share_of_zeros is None
+    assert all(0 <= row["seconds"] < 600 for row in trained.history)
     assert 0 < trained.seconds < 600
     assert trained.lr == 0.02
     net, trained = run(recipe(epochs=5, l1=1.0))
@@ -391,6 +412,20 @@ def test_a_finished_training_that_goes_on_numbers_its_epochs_on(caplog):
     assert [text.split()[1] for text in caplog.messages if text.startswith("epoch")] == ["8/9", "9/9"]
     fresh = train(network(), options, Points().samples(), val, setting())
     assert fresh.history[0]["train_loss"] != trained.history[1]["train_loss"]  # other draws than epoch 1
+
+
+def test_steps_are_numbered_on_and_know_their_batch(monkeypatch):
+    seen = []
+    step = stepper.Stepper.step
+
+    def noted(self, inputs, labels, rate, number, *, whole):
+        seen.append((number, whole))
+        step(self, inputs, labels, rate, number, whole=whole)
+
+    monkeypatch.setattr(stepper.Stepper, "step", noted)
+    continued = Continued(Path("run"), 7, 35, 9, (), {})
+    train(network(), recipe(epochs=2, batch_size=7), Points().samples(), None, setting(), continued)
+    assert seen == [(number, 7) for number in range(35, 47)]
 
 
 @pytest.mark.parametrize(("amp", "wanted"), [("bf16", True), ("none", False)])
@@ -496,6 +531,19 @@ def test_figures_of_an_epoch_are_sums_over_processes(second_of_two):
     assert all(0 < row["train_accuracy"] <= 1 for row in trained.history)
 
 
+def test_the_other_process_counts_in_what_is_said_of_an_epoch(monkeypatch, second_of_two):
+    alone = train(network(), recipe(norm="frozen", epochs=1), Points().samples(), None, setting())
+    other = torch.tensor([100.0, 0.0, 40.0])  # loss, correct, images
+    monkeypatch.setattr(
+        "tlcli.machine.processes.gather_objects",
+        lambda mine: [mine, other if isinstance(mine, torch.Tensor) else mine],
+    )
+    both = train(network(), recipe(norm="frozen", epochs=1), Points().samples(), None, setting())
+    (mine,), (found,) = alone.history, both.history
+    assert found["train_loss"] == pytest.approx((20 * mine["train_loss"] + 100) / 60)
+    assert found["train_accuracy"] == pytest.approx(mine["train_accuracy"] / 3)
+
+
 def test_each_process_takes_its_part_of_every_batch(monkeypatch, second_of_two):
     parts = []
     for rank in (0, 1):
@@ -569,6 +617,24 @@ def test_resumed_equals_uninterrupted(tmp_path, options, stop_at):
     assert same(state_of(net), state_of(expected))
     assert without_seconds(resumed.history) == without_seconds(whole.history)
     assert resumed.lr == whole.lr
+
+
+def test_nothing_is_saved_before_it_is_time_and_nowhere_without_a_folder(tmp_path):
+    run(recipe(epochs=1), tmp_path)
+    assert Checkpoints(tmp_path).newest() is None
+    _, trained = run(recipe(epochs=1), checkpoint_seconds=0)
+    assert trained.steps == 5
+
+
+def test_a_training_that_has_diverged_is_not_saved(tmp_path, monkeypatch):
+    """Losses are looked at every so many steps only, but always before a checkpoint."""
+    monkeypatch.setitem(stepper.READ_STEPS, "cpu", 1_000)
+    points = Points()
+    points.points[5] = float("nan")
+    with pytest.raises(UsageError, match="diverged"):
+        run(recipe(epochs=1, norm="frozen"), tmp_path, points=points, checkpoint_seconds=0)
+    found = Checkpoints(tmp_path).newest()
+    assert found is None or all(value.isfinite().all() for value in found.tensors.values())
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
