@@ -101,6 +101,24 @@ def test_every_example_parses_and_begins_with_its_command() -> None:
     assert "sh examples/ci.sh DATA" in head
 
 
+def test_every_name_that_an_example_takes_from_tlcli_is_there() -> None:
+    missing = []
+    for path in sorted(EXAMPLES.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        lines = text.splitlines()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tlcli":
+                if "# type: ignore[no-redef" in lines[node.lineno - 1]:
+                    continue  # what a comparison with that version takes from it
+                module = importlib.import_module(node.module or "")
+                for name in (alias.name for alias in node.names if not hasattr(module, alias.name)):
+                    try:
+                        importlib.import_module(f"{node.module}.{name}")
+                    except ImportError:
+                        missing.append(f"{path.relative_to(ROOT)}: from {node.module} import {name}")
+    assert not missing
+
+
 def document(run: Path, accuracy: float, curve: list[float]) -> dict[str, Any]:
     """Return what `tlcli finetune --json` prints of a run, as far as the experiments read it."""
     run.mkdir()
