@@ -1,5 +1,7 @@
 """A searched learning rate is near the best of a grid, from a random head and from a probe that knows all."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from tlcli.training import backbone
 from tlcli.training.loop import network_logits, train
 from tlcli.training.network import Network
 from tlcli.training.rate_search import RateSearch, held_out, nearest
+from tlcli.training.schedule import rate_factor
 from tlcli.training.stepper import Stepper
 
 COUNT = 160
@@ -101,7 +104,7 @@ def test_the_head_of_a_search_knows_nothing_of_what_it_is_kept_from(folder):
     assert torch.allclose(found["head.weight"], probe.head.weight, atol=1.0)
 
 
-def test_a_search_puts_network_optimiser_scaler_and_average_back():
+def test_a_search_puts_network_optimiser_scaler_and_average_back(monkeypatch):
     net = network()
     stepper = Stepper(net, recipe(lr="auto", ema=0.9), Points().labels, setting())
     scaler = stepper.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
@@ -115,6 +118,13 @@ def test_a_search_puts_network_optimiser_scaler_and_average_back():
 
     search = RateSearch(stepper, points, points.labels, measure, 1)
     batches = [rest[:8].tolist(), rest[8:16].tolist()]
+    step = Stepper.step
+
+    def growing(self, *given, **named):
+        step(self, *given, **named)
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 2 * scaler.get_scale()})
+
+    monkeypatch.setattr(Stepper, "step", growing)
     assert search.find(batches, out.tolist(), 8, 100) > 0
     assert same(state_of(net), before)
     assert not stepper.optimizer.state_dict()["state"]
@@ -171,6 +181,57 @@ def test_the_search_goes_on_where_the_best_rate_is_at_an_edge(monkeypatch):
         assert len(set(tried)) == len(tried)
         tried.clear()
     assert CLASSES == 3
+
+
+@pytest.mark.parametrize(("sign", "edge"), [(-1, 256.0), (1, 1 / 256)])
+def test_multiples_by_four_to_the_furthest_then_its_neighbours(monkeypatch, sign, edge):
+    """Where loss only falls with the rate, or only rises."""
+    tried = []
+
+    def loss(search, batches, held_out, whole, peak):
+        tried.append(peak / base)
+        assert len(held_out) == 9  # a fifth of 44
+        assert len(batches) == 15
+        return torch.full((4,), 20 + sign * torch.tensor(peak / base).log2().item())
+
+    monkeypatch.setattr(RateSearch, "_losses_after", loss)
+    base = recipe(lr="auto").usual_lr * 15 / 50
+    train(network(), recipe(lr="auto"), Points().samples(), None, setting())
+    expected = [1.0, 1 / 4, 4.0, 1 / 16, 16.0]
+    expected += [64.0, 256.0, 128.0, 512.0] if sign < 0 else [1 / 64, 1 / 256, 1 / 512, 1 / 128]
+    assert tried == pytest.approx(expected)
+    assert max(edge, 1 / edge) == 256
+
+
+@pytest.mark.parametrize("norm", ["train", "frozen"])
+@pytest.mark.parametrize("head_init", ["random", "probe"])
+def test_a_short_training_warms_up_for_a_quarter_and_falls_like_a_cosine(monkeypatch, norm, head_init):
+    steps, epochs, loads = [], [], []
+
+    class Watched(Points):
+        def load(self, indices, epoch, turn):
+            loads.append(epoch)
+            return super().load(indices, epoch, turn)
+
+    def step(self, inputs, labels, rate, number, *, whole):
+        steps.append((rate, number, whole))
+
+    monkeypatch.setattr(Stepper, "step", step)
+    monkeypatch.setattr(Stepper, "start_epoch", lambda self, *, train_norm: epochs.append(train_norm))
+    points = Watched()
+    options = recipe(lr="auto", epochs=7, sched="constant", norm=norm, head_init=head_init)
+    stepper = Stepper(network(), options, points.labels, setting())
+    search = RateSearch(stepper, points, points.labels, lambda samples: torch.zeros(2, CLASSES), 1)
+    search._losses_after([[number] for number in range(8)], [40, 41], 5, 0.4)
+    assert epochs == [norm == "train" and head_init == "random"]
+    assert set(loads) == {0}
+    assert [(number, whole) for _, number, whole in steps] == [(number, 5) for number in range(8)]
+    rates = [rate for rate, _, _ in steps]
+    short = dataclasses.replace(options, epochs=1, sched="cosine", warmup_epochs=0.25)
+    assert rates == pytest.approx([0.4 * rate_factor(short, number, 8) for number in range(8)])
+    assert rates[0] < rates[1] <= 0.4
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[-1] < 0.1
 
 
 def test_an_option_that_cannot_be_used_is_not_taken_for_a_divergence():
