@@ -363,6 +363,18 @@ def test_the_running_figures_are_those_of_the_epoch_so_far():
         assert text == f"epoch {row['epoch']}  {figures}"
 
 
+def test_an_epoch_begins_with_nothing_summed(monkeypatch):
+    sums, start = [], stepper.Stepper.start_epoch
+
+    def noted(self, *, train_norm):
+        sums.append(self.sums.tolist())
+        start(self, train_norm=train_norm)
+
+    monkeypatch.setattr(stepper.Stepper, "start_epoch", noted)
+    run(recipe(epochs=3))
+    assert sums == [[0.0, 0.0, 0.0]] * 3
+
+
 def test_a_resumed_training_says_where_and_a_new_one_nothing(tmp_path, caplog):
     with caplog.at_level("INFO", logger="tlcli"):
         run(recipe(epochs=2), tmp_path, checkpoint_seconds=0)

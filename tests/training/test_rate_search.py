@@ -144,6 +144,13 @@ def test_what_is_held_out_is_not_trained_on(count):
     assert len(rest)
 
 
+def test_what_is_held_out_is_a_function_of_what_is_drawn():
+    labels = torch.zeros(50, dtype=torch.int64)
+    one, again, other = (held_out(labels, torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
 def test_of_rates_that_may_be_as_good_the_one_nearest_to_the_rule_is_taken():
     draw = torch.Generator().manual_seed(0)
     base = torch.rand(50, generator=draw) + 1
