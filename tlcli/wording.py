@@ -118,6 +118,7 @@ def parse_device(text: str, name: str = "--device") -> tuple[str, int]:
         UsageError: It is not a device's name.
     """
     kind, colon, number = text.partition(":")
-    if kind not in {"auto", "cpu", "cuda", "mps"} or (colon and (kind != "cuda" or not number.isdecimal())):
+    numbered = kind == "cuda" and re.fullmatch(r"[0-9]{1,9}", number)
+    if kind not in {"auto", "cpu", "cuda", "mps"} or (colon and not numbered):
         raise UsageError(f"{name} {text!r} is not a device.", hint="Expected auto, cpu, cuda, cuda:0 or mps.")
     return kind, int(number or 0)

@@ -1,5 +1,6 @@
 """Options: written once, ranged, documented; files of options; what contradicts itself is refused."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -112,3 +113,25 @@ def test_long_names_and_field_names_are_one_to_one():
         names = [long_name(field.name) for field in dataclasses.fields(kind)]
         assert len(set(names)) == len(names)
         assert not any("_" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "freeze",
+        "device",
+        "image_size",
+        "head",
+        "l2",
+        "dropout",
+        "lr",
+        "cache_max_size",
+        "scaling",
+        "backbone",
+    ],
+)
+@pytest.mark.parametrize("value", ["{}", "cuda:{}", "{}x{}", "mlp:{}", "{}GB", "0.1,{}", "mlp:{},{}"])
+def test_a_number_of_any_length_is_refused_or_taken(option, value):
+    """int() refuses more than 4,300 digits in its own words."""
+    with contextlib.suppress(UsageError):
+        FinetuneConfig(**{option: value.replace("{}", "9" * 5_000)})

@@ -117,7 +117,7 @@ def parse_freeze(text: str, name: str = "--freeze") -> int | Literal["all"]:
     word = str(text).strip().lower()
     if word == "all":
         return "all"
-    if word != "none" and not (word.isascii() and word.isdigit()):
+    if word != "none" and not re.fullmatch(r"[0-9]{1,9}", word):
         raise UsageError(
             f"{name} takes all, none, or a number of units; got {text!r}.",
             hint="`tlcli backbones show B` lists the units of a backbone.",
