@@ -363,6 +363,15 @@ def test_the_running_figures_are_those_of_the_epoch_so_far():
         assert text == f"epoch {row['epoch']}  {figures}"
 
 
+def test_trackers_are_told_every_figure_of_an_epoch_at_its_step(monkeypatch):
+    told = []
+    monkeypatch.setattr("accelerate.Accelerator.log", lambda self, values, step: told.append((step, values)))
+    _, trained = run(recipe(epochs=2))
+    assert [step for step, _ in told] == [5, 10]
+    for row, (_, values) in zip(trained.history, told, strict=True):
+        assert values == {name: value for name, value in row.items() if name != "kind"}
+
+
 def test_an_epoch_begins_with_nothing_summed(monkeypatch):
     sums, start = [], stepper.Stepper.start_epoch
 
