@@ -121,3 +121,9 @@ def test_the_end_of_a_training_has_a_rate_too(sched, steps):
     """It is asked for after the last step, by the line of the last epoch."""
     options = recipe(sched=sched, epochs=1)
     assert 0 < rate_factor(options, steps, steps) <= 1
+
+
+@pytest.mark.parametrize("steps", [2, 3, 10])
+def test_one_cycle_has_ended_after_its_last_step(steps):
+    ended = rate_factor(recipe(sched="one-cycle", epochs=1), steps, steps)
+    assert ended == pytest.approx(1e-3)
