@@ -123,6 +123,7 @@ def document(run: Path, accuracy: float, curve: list[float]) -> dict[str, Any]:
     """Return what `tlcli finetune --json` prints of a run, as far as the experiments read it."""
     run.mkdir()
     lines = [{"kind": "epoch", "epoch": n + 1, "val_accuracy": value} for n, value in enumerate(curve)]
+    lines.insert(0, {"kind": "epoch", "epoch": 0, "val_accuracy": 0.01})  # what training started from
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return {
         "run_path": str(run),

@@ -151,11 +151,15 @@ def interval(documents: Sequence[dict[str, Any]]) -> str:
 
 
 def epochs(documents: Sequence[dict[str, Any]], key: str) -> list[list[float]]:
-    """Return one value of every epoch, a list a run: `val_accuracy`, `train_loss`, ..."""
+    """Return one value of every epoch of training, a list a run: `val_accuracy`, `train_loss`, ...
+
+    What training started from, which a run writes as epoch 0, is left out.
+    """
     curves = []
     for document in documents:
         lines = (Path(document["run_path"]) / "metrics.jsonl").read_text().splitlines()
-        curves.append([line[key] for line in map(json.loads, lines) if line["kind"] == "epoch"])
+        rows = [line for line in map(json.loads, lines) if line["kind"] == "epoch" and line["epoch"]]
+        curves.append([row[key] for row in rows])
     return curves
 
 
