@@ -256,7 +256,8 @@ def test_a_searched_rate_learns_and_the_search_leaves_no_trace(options):
     many = Points(count=300)  # of few no rate is surely better than the rule's
     net, trained = run(recipe(lr="auto", epochs=8, **options), points=many)
     assert 1e-5 < trained.lr < 10
-    assert trained.history[-1]["val_accuracy"] > 0.5
+    # A short training does not see what a strong l1 does in a long one: there auto gives 0.57, 0.002 gives 0.86.
+    assert trained.history[-1]["val_accuracy"] > (0.5 if "l1" in options else 0.6)
     again, other = run(recipe(lr=repr(trained.lr), epochs=8, **options), points=many)
     assert same(state_of(net), state_of(again))
     assert without_seconds(trained.history) == without_seconds(other.history)
@@ -390,7 +391,7 @@ def test_a_resumed_training_says_where_and_a_new_one_nothing(tmp_path, caplog):
         assert not [text for text in caplog.messages if "resumed" in text]
         assert "learning rate" not in caplog.text
         run(recipe(epochs=2), tmp_path)
-    assert "resumed at step 10, epoch 3 of 2" in caplog.messages
+    assert "resumed at step 10, epoch 2 of 2" in caplog.messages
     lines = [text for text in caplog.messages if text.startswith("epoch ")]
     assert len(lines) == 2
     assert all(" val 0." in text for text in lines)
@@ -495,7 +496,7 @@ def test_logits_forget_what_a_network_kept_in_eval_mode():
 
 
 @pytest.fixture
-def second_of_two(monkeypatch):
+def first_of_two(monkeypatch):
     """This process is the first of two, and the other gives the same, unless `given` says otherwise."""
     given = []
     monkeypatch.setattr("tlcli.machine.processes.world_size", lambda: 2)
@@ -532,14 +533,14 @@ def test_logits_of_two_processes_are_those_of_one(monkeypatch, count):
         torch.testing.assert_close(found, wanted)
 
 
-def test_a_signal_to_the_other_process_stops_this_one_at_the_same_step(tmp_path, second_of_two):
+def test_a_signal_to_the_other_process_stops_this_one_at_the_same_step(tmp_path, first_of_two):
     class Signalled(Silent):
         steps = 0
 
         def advance(self, amount=1):
             self.steps += 1
             if self.steps == 4:
-                second_of_two.append(15)
+                first_of_two.append(15)
 
     with pytest.raises(Interrupted) as caught:
         run(recipe(norm="frozen"), tmp_path, progress=Signalled())
@@ -547,12 +548,12 @@ def test_a_signal_to_the_other_process_stops_this_one_at_the_same_step(tmp_path,
     assert Checkpoints(tmp_path).newest().step == 3
 
 
-def test_figures_of_an_epoch_are_sums_over_processes(second_of_two):
+def test_figures_of_an_epoch_are_sums_over_processes(first_of_two):
     trained = train(network(), recipe(norm="frozen"), Points().samples(), None, setting())
     assert all(0 < row["train_accuracy"] <= 1 for row in trained.history)
 
 
-def test_the_other_process_counts_in_what_is_said_of_an_epoch(monkeypatch, second_of_two):
+def test_the_other_process_counts_in_what_is_said_of_an_epoch(monkeypatch, first_of_two):
     alone = train(network(), recipe(norm="frozen", epochs=1), Points().samples(), None, setting())
     other = torch.tensor([100.0, 0.0, 40.0])  # loss, correct, images
     monkeypatch.setattr(
@@ -565,7 +566,7 @@ def test_the_other_process_counts_in_what_is_said_of_an_epoch(monkeypatch, secon
     assert found["train_accuracy"] == pytest.approx(mine["train_accuracy"] / 3)
 
 
-def test_each_process_takes_its_part_of_every_batch(monkeypatch, second_of_two):
+def test_each_process_takes_its_part_of_every_batch(monkeypatch, first_of_two):
     parts = []
     for rank in (0, 1):
         monkeypatch.setattr("tlcli.machine.processes.rank", lambda rank=rank: rank)
@@ -589,7 +590,7 @@ def test_each_process_takes_its_part_of_every_batch(monkeypatch, second_of_two):
     assert len({image for part in parts for batch in part for image in batch}) == 42
 
 
-def test_only_the_first_process_saves_and_tells(monkeypatch, tmp_path, second_of_two, caplog):
+def test_only_the_first_process_saves_and_tells(monkeypatch, tmp_path, first_of_two, caplog):
     monkeypatch.setattr("tlcli.machine.processes.rank", lambda: 1)
     told = []
     with caplog.at_level("INFO", logger="tlcli"):
@@ -600,7 +601,7 @@ def test_only_the_first_process_saves_and_tells(monkeypatch, tmp_path, second_of
     assert not [text for text in caplog.messages if text.startswith("epoch")]
 
 
-def test_fewer_images_than_processes_are_refused(second_of_two):
+def test_fewer_images_than_processes_are_refused(first_of_two):
     with pytest.raises(UsageError, match="A batch of 1 images cannot be divided over 2 processes"):
         train(network(), recipe(), Points(count=1).samples(), None, setting())
 

@@ -190,8 +190,8 @@ def test_the_search_goes_on_where_the_best_rate_is_at_an_edge(monkeypatch):
     assert CLASSES == 3
 
 
-@pytest.mark.parametrize(("sign", "edge"), [(-1, 256.0), (1, 1 / 256)])
-def test_multiples_by_four_to_the_furthest_then_its_neighbours(monkeypatch, sign, edge):
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_multiples_by_four_to_the_furthest_then_its_neighbours(monkeypatch, sign):
     """Where loss only falls with the rate, or only rises."""
     tried = []
 
@@ -207,7 +207,6 @@ def test_multiples_by_four_to_the_furthest_then_its_neighbours(monkeypatch, sign
     expected = [1.0, 1 / 4, 4.0, 1 / 16, 16.0]
     expected += [64.0, 256.0, 128.0, 512.0] if sign < 0 else [1 / 64, 1 / 256, 1 / 512, 1 / 128]
     assert tried == pytest.approx(expected)
-    assert max(edge, 1 / edge) == 256
 
 
 @pytest.mark.parametrize("norm", ["train", "frozen"])
@@ -263,6 +262,5 @@ def test_a_search_in_which_one_step_gives_no_number_counts_as_diverged(monkeypat
     monkeypatch.setattr("tlcli.training.rate_search.processes.gather_objects", lambda mine: [mine, False])
     with torch.no_grad():
         net.head.weight.zero_()
-    assert search._losses_after([list(range(8))], [9], 8, 0.1).tolist() == [
-        float("inf")
-    ]  # in the other process
+    # It was the other process's step.
+    assert search._losses_after([list(range(8))], [9], 8, 0.1).tolist() == [float("inf")]

@@ -187,7 +187,9 @@ class _Loop:
         if self.setting.checkpoints and self.state.restore(self.setting.checkpoints):
             logger.info(
                 "resumed at step %d, epoch %d of %d",
-                *(self.first_step + counters.step, self.epoch + 1, self.first_epoch + recipe.epochs),
+                self.first_step + counters.step,
+                self.first_epoch + min(counters.epoch + 1, recipe.epochs),
+                self.first_epoch + recipe.epochs,
             )
         if not counters.lr:
             counters.lr = self._find_rate()
