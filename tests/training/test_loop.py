@@ -256,7 +256,8 @@ def test_a_searched_rate_learns_and_the_search_leaves_no_trace(options):
     many = Points(count=300)  # of few no rate is surely better than the rule's
     net, trained = run(recipe(lr="auto", epochs=8, **options), points=many)
     assert 1e-5 < trained.lr < 10
-    # A short training does not see what a strong l1 does in a long one: there auto gives 0.57, 0.002 gives 0.86.
+    # A short training does not see what a strong l1 does in a long one: auto gives 0.57 there, 0.002 gives
+    # 0.86.
     assert trained.history[-1]["val_accuracy"] > (0.5 if "l1" in options else 0.6)
     again, other = run(recipe(lr=repr(trained.lr), epochs=8, **options), points=many)
     assert same(state_of(net), state_of(again))
