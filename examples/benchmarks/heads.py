@@ -42,8 +42,8 @@ from torch import Tensor
 from tlcli.config.head import SCALINGS
 from tlcli.heads import conjugate_gradients
 from tlcli.heads.conjugate_gradients import Problems
-from tlcli.heads.fit import AUTO_L2
 from tlcli.heads.linear import LinearHead, make_basis, unit_rows
+from tlcli.heads.linear_grid import AUTO_L2
 from tlcli.heads.logistic import solve
 
 CLOCK = time.perf_counter

@@ -10,10 +10,12 @@ import torch
 from tlcli.config.head import SCALINGS, HeadOptions
 from tlcli.data.folds import assign_folds
 from tlcli.errors import DataError
+from tlcli.heads.choice import Scores, choose_member
 from tlcli.heads.conjugate_gradients import Problems
-from tlcli.heads.fit import AUTO_L2, Scores, choose_member, fit_head
+from tlcli.heads.fit import fit_head
 from tlcli.heads.head import head_from_state
 from tlcli.heads.linear import LinearHead, make_basis, unit_rows
+from tlcli.heads.linear_grid import AUTO_L2
 from tlcli.heads.logistic import solve
 
 
@@ -353,7 +355,7 @@ def test_what_is_no_matrix_of_features_is_refused():
     [
         ("tlcli.heads.conjugate_gradients.SMALL_ELEMENTS", 0),
         ("tlcli.heads.conjugate_gradients.CACHE_ELEMENTS", 64),
-        ("tlcli.heads.fit.KEPT_BYTES", 0),
+        ("tlcli.heads.linear_grid.KEPT_BYTES", 0),
         ("tlcli.heads.logistic.BATCH_BYTES", 200_000),
     ],
 )
@@ -380,7 +382,7 @@ def test_blocks_and_batches_change_no_result(monkeypatch, name, value):
 
 def test_large_work_is_thinned_and_says_so(monkeypatch, caplog):
     features, labels = make()
-    monkeypatch.setattr("tlcli.heads.fit.CPU_BUDGET", 1e8)
+    monkeypatch.setattr("tlcli.heads.linear_grid.CPU_BUDGET", 1e8)
     with caplog.at_level(logging.INFO, "tlcli"):
         fitted = fit_head(features, labels, 3, HeadOptions())
     assert len(fitted.table) in {12, 24}

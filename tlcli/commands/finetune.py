@@ -31,7 +31,8 @@ from tlcli.features.plan import (
     plan_features,
     read_rows,
 )
-from tlcli.heads.fit import FittedHead, fit_head, num_heads
+from tlcli.heads.choice import FittedHead
+from tlcli.heads.fit import fit_head, num_heads
 from tlcli.machine import processes
 from tlcli.machine.versions import versions
 from tlcli.metrics.evaluation import (

@@ -14,7 +14,8 @@ from tlcli.backbones.units import units
 from tlcli.config.commands import FinetuneConfig
 from tlcli.data.collection import Collection, groups_of, labels_of
 from tlcli.features.plan import read_rows
-from tlcli.heads.fit import FittedHead, fit_head
+from tlcli.heads.choice import FittedHead
+from tlcli.heads.fit import fit_head
 from tlcli.heads.head import Head
 from tlcli.progress import Progress, Silent
 from tlcli.runs.directory import RunDirectory

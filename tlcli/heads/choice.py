@@ -1,0 +1,94 @@
+"""How one head of a grid is chosen by its held-out rows.
+
+Every grid member is scored by the mean log loss of its held-out rows, which is finer than accuracy (that
+moves
+in steps of 1/N, and on small sets many members tie). The smallest wins, with one preference: a head that
+l2-normalises its input is no plain linear layer, so it gives way to the best head that is one (and that timm
+can load) when that is at most one standard error worse.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tlcli.heads.head import Head
+
+
+@dataclass(frozen=True)
+class FittedHead:
+    """The chosen head, trained on all rows, and how it was chosen.
+
+    Attributes:
+        head: Applies to raw features.
+        chosen: Hyperparameters of the chosen grid member.
+        cv: `folds`, `num_samples` (rows held out once), `top1_accuracy`, `top1_accuracy_standard_error`,
+            `log_loss`, `log_loss_standard_error`; the scores are None where nothing could be held out.
+        table: One dict a grid member: its hyperparameters, `cv_top1_accuracy` and `cv_log_loss`.
+        seconds: Wall time of the whole fit.
+        curve: For MLP heads one dict an epoch with `epoch`, `train_loss` and `cv_loss`; else empty.
+    """
+
+    head: Head
+    chosen: dict[str, Any]
+    cv: dict[str, Any]
+    table: list[dict[str, Any]]
+    seconds: float
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Held-out results of grid members.
+
+    Attributes:
+        log_loss: fp64 [M, N'] of every held-out row, for each of M members.
+        correct: bool [M, N'].
+    """
+
+    log_loss: Tensor
+    correct: Tensor
+
+    def summary(self, member: int) -> dict[str, Any]:
+        """Return the means and standard errors of one member."""
+        count = self.log_loss.shape[1]
+        correct, loss = self.correct[member].double(), self.log_loss[member]
+        accuracy = float(correct.mean())
+        return {
+            "num_samples": count,
+            "top1_accuracy": accuracy,
+            "top1_accuracy_standard_error": (accuracy * (1 - accuracy) / count) ** 0.5,
+            "log_loss": float(loss.mean()),
+            "log_loss_standard_error": float(loss.std(correction=0)) / count**0.5,
+        }
+
+
+NO_SCORES: dict[str, Any] = {
+    "num_samples": 0,
+    "top1_accuracy": None,
+    "top1_accuracy_standard_error": None,
+    "log_loss": None,
+    "log_loss_standard_error": None,
+}
+
+
+def choose_member(scores: Scores, foldable: Tensor) -> int:
+    """Return the grid member to use, by the rule in this module's docstring.
+
+    Args:
+        scores: Held-out results of M members.
+        foldable: bool [M], whether the member is a plain linear layer on raw features.
+    """
+    mean = scores.log_loss.mean(1).nan_to_num(torch.inf)  # a head that diverged must not win
+    best = int(mean.argmin())
+    if bool(foldable[best]) or not bool(foldable.any()):
+        return best
+    rival = int(torch.where(foldable, mean, torch.inf).argmin())
+    error = float(scores.log_loss[best].std(correction=0)) / scores.log_loss.shape[1] ** 0.5
+    return rival if float(mean[rival]) <= float(mean[best]) + error else best
+
+
+def finite(value: Tensor) -> float | None:
+    """Return a number for a JSON document, None where there is none."""
+    return float(value) if bool(torch.isfinite(value)) else None

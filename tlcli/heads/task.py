@@ -1,0 +1,111 @@
+"""What a head is fitted to: features, targets, class weights and folds."""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tlcli.config.head import HeadOptions
+from tlcli.data.folds import assign_folds
+from tlcli.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a head is fitted to.
+
+    Attributes:
+        features: fp32 [N, D] on the device, or on the CPU when they do not fit there.
+        labels: int64 [N] on the device.
+        targets: fp32 [C, N], smoothed one-hot columns.
+        row_weights: fp32 [N], from the class weights, mean 1.
+        folds: int64 [N], the fold that holds the row out, -1 where it always trains.
+        num_folds: How many folds there are; 0 when nothing can be held out.
+    """
+
+    features: Tensor
+    labels: Tensor
+    targets: Tensor
+    row_weights: Tensor
+    folds: Tensor
+    num_folds: int
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.targets)
+
+
+def check_features(features: Tensor, labels: Tensor, num_classes: int) -> None:
+    """Refuse what no head can be fitted to."""
+    if features.ndim != 2 or labels.shape != features.shape[:1] or 0 in features.shape:
+        raise DataError(
+            f"A head needs features [N, D] and labels [N], not {list(features.shape)}, {list(labels.shape)}.",
+            hint="Activation maps must be pooled first.",
+        )
+    if num_classes < 2:
+        raise DataError(
+            f"A classifier needs two classes or more, not {num_classes}.",
+            hint="Add a folder for another class.",
+        )
+    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        raise DataError(
+            f"Labels must lie in 0..{num_classes - 1}; got {int(labels.min())}..{int(labels.max())}."
+        )
+    finite = torch.isfinite(features).all(1)
+    if not bool(finite.all()):
+        bad = torch.nonzero(~finite)[:, 0]
+        raise DataError(
+            f"{len(bad)} of {len(features)} feature rows are not finite, the first is row {int(bad[0])}.",
+            hint="Extract them again with --dtype fp32; if they stay, the backbone's weights are broken.",
+        )
+
+
+def make_task(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    options: HeadOptions,
+    groups: Tensor | None,
+    device: torch.device,
+) -> Task:
+    """Put features on the device and work out targets, class weights and folds."""
+    home = device
+    labels_array = labels.cpu().numpy()
+    groups_array = np.arange(len(labels)) if groups is None else groups.cpu().numpy()
+    folds, num_folds = assign_folds(labels_array, groups_array, options.folds, options.seed)
+    if not num_folds:
+        logger.info("too few images for cross-validation: the head takes default hyperparameters, unmeasured")
+    elif num_folds < options.folds:
+        reason = "no class has more independent images"
+        logger.info("cross-validation uses %d folds instead of %d: %s", num_folds, options.folds, reason)
+    counts = torch.from_numpy(np.bincount(labels_array, minlength=num_classes)).float()
+    per_class = torch.ones(num_classes)
+    if options.class_weights == "balanced":
+        per_class = torch.where(
+            counts > 0, len(labels) / (counts.clamp_min(1) * int((counts > 0).sum())), 1.0
+        )
+    if not _fits(features, device):
+        logger.info("the features do not fit on %s: linear heads run on the CPU, MLPs in minibatches", device)
+        device = device if options.hidden_sizes else torch.device("cpu")
+        home = torch.device("cpu")
+    smoothing = options.label_smoothing or 0.0
+    one_hot = torch.nn.functional.one_hot(labels.long().cpu(), num_classes).T.float()
+    targets = one_hot * (1.0 - smoothing) + smoothing / num_classes
+    return Task(
+        features.detach().to(home, torch.float32),
+        labels.to(device, torch.long),
+        targets.contiguous().to(device),
+        per_class[labels.long().cpu()].to(device),
+        torch.from_numpy(folds).to(device),
+        num_folds,
+    )
+
+
+def _fits(features: Tensor, device: torch.device) -> bool:
+    """Return whether the features and their three rotated copies fit on the device with room to work."""
+    return device.type != "cuda" or 24 * features.numel() < torch.cuda.mem_get_info(device)[0]
