@@ -14,9 +14,10 @@ first for 48 l2 values from 1e-4 to 10 on standardised features, then for the 16
 tlcli's default grid. There the neighbours on the path of l2 are farther apart and the features are prepared
 three times, so its ratios are lower.
 
-What to know before quoting the ratios: both solvers stop when the largest absolute component of the gradient
-of the mean loss is at most 1e-4; tlcli computes that one in fp32 and takes most of the way there with bf16
-products where the processor has them (`--fp32` forbids it). scikit-learn starts every fit from zero, and so
+What to know before quoting the ratios: tlcli stops by the Newton decrement (tlcli/heads/logistic.py),
+scikit-learn when the largest absolute component of the gradient of the mean loss is at most 1e-4, which for a
+small l2 is earlier; tlcli takes most of the way with bf16 products where the processor has them (`--fp32`
+forbids it). scikit-learn starts every fit from zero, and so
 does "one by one"; a good part of "batched" is that neighbouring l2 values start from each other. How many
 iterations scikit-learn needs depends on the data, and its ratio with them: the synthetic features have the
 size and the spectrum of sign_digits and are still several times easier for it. Small sets gain least, as
@@ -40,11 +41,11 @@ import torch
 from torch import Tensor
 
 from tlcli.config.head import SCALINGS
-from tlcli.heads import conjugate_gradients
-from tlcli.heads.conjugate_gradients import Problems
-from tlcli.heads.linear import LinearHead, make_basis, unit_rows
-from tlcli.heads.linear_grid import AUTO_L2
-from tlcli.heads.logistic import solve
+from tlcli.heads import spaces
+from tlcli.heads.linear import LinearHead, unit_rows
+from tlcli.heads.linear_grid import AUTO_L2, make_fold, scaled_rows, solve_grid
+from tlcli.heads.spaces import Fold
+from tlcli.heads.task import Task
 
 CLOCK = time.perf_counter
 PATH = tuple(float(value) for value in np.logspace(-4, 1, 48))
@@ -77,23 +78,23 @@ def read_features(path: Path) -> tuple[Tensor, Tensor]:
     return tensors["features"].float(), tensors["labels"].long()
 
 
-def problems(labels: Tensor, num_classes: int, l2: tuple[float, ...]) -> Problems:
-    """Return unweighted problems on all rows."""
-    targets = torch.nn.functional.one_hot(labels, num_classes).T.float().contiguous()
-    weights = torch.full((1, len(labels)), 1.0 / len(labels), device=labels.device)
-    values = torch.tensor(l2, device=labels.device)
-    return Problems(targets, weights, values, torch.zeros_like(values, dtype=torch.long))
+def prepared(features: Tensor, labels: Tensor, scaling: str) -> tuple[Task, Fold]:
+    """Return the features of one scaling, ready to be solved on."""
+    ones, every = torch.ones_like(labels, dtype=torch.float32), torch.ones_like(labels, dtype=torch.bool)
+    task = Task(features, labels, int(labels.max()) + 1, 0.0, ones, torch.full_like(labels, -1), 0)
+    return task, make_fold(task, scaling, scaled_rows(task, scaling), every)
 
 
 def fit(
     features: Tensor, labels: Tensor, scalings: tuple[str, ...], l2: tuple[float, ...]
 ) -> list[LinearHead]:
     """Return the heads of one job, every scaling with every l2."""
-    bases = [make_basis(features, scaling) for scaling in scalings]
-    solved = solve(bases, problems(labels, int(labels.max()) + 1, l2))
-    return [
-        basis.head(weights) for basis, by_l2 in zip(bases, solved.weights, strict=True) for weights in by_l2
-    ]
+    heads = []
+    for scaling in scalings:
+        task, fold = prepared(features, labels, scaling)
+        for weights in solve_grid(task, [fold], l2).weights[0]:
+            heads.append(fold.basis.head(weights, normalise=scaling == "l2-normalised"))
+    return heads
 
 
 def one_by_one(
@@ -101,6 +102,16 @@ def one_by_one(
 ) -> list[LinearHead]:
     """Return the same heads of as many jobs."""
     return [fit(features, labels, (scaling,), (value,))[0] for scaling in scalings for value in l2]
+
+
+def scale(features: Tensor, labels: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
+    """Return what is subtracted from the features and what divides them, fp32 [D] each."""
+    basis = prepared(features, labels, scaling)[1].basis
+    coordinates = basis.coordinates
+    if coordinates.span is None:
+        centre = coordinates.centre + basis.centre * coordinates.divisor
+        return centre, coordinates.divisor / basis.factor
+    return coordinates.centre, coordinates.divisor * coordinates.span.square().mean().sqrt()
 
 
 def with_sklearn(
@@ -112,10 +123,10 @@ def with_sklearn(
     heads, seconds = [], 0.0
     two = int(labels.max()) == 1
     for scaling in scalings:
-        basis = make_basis(features, scaling)
         normalise = scaling == "l2-normalised"
+        centre, divisor = scale(features, labels, scaling)
         rows = unit_rows(features) if normalise else features
-        array = ((rows - basis.centre) / basis.divisor).cpu().numpy()
+        array = ((rows - centre) / divisor).cpu().numpy()
         for value in l2:
             model = LogisticRegression(C=(2 if two else 1) / (value * len(labels)), max_iter=10_000)
             started = CLOCK()
@@ -124,8 +135,8 @@ def with_sklearn(
             weight, bias = torch.from_numpy(model.coef_).float(), torch.from_numpy(model.intercept_).float()
             if two:
                 weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-            weight = weight / basis.divisor.cpu()
-            heads.append(LinearHead(weight, bias - weight @ basis.centre.cpu(), normalise))
+            weight = weight / divisor.cpu()
+            heads.append(LinearHead(weight, bias - weight @ centre.cpu(), normalise))
     return heads, seconds
 
 
@@ -136,14 +147,14 @@ def quality(
     features, labels = rows
     values, largest = [], 0.0
     for index, scaling in enumerate(scalings):
-        basis = make_basis(features, scaling)
+        centre, divisor = scale(features, labels, scaling)
         inputs = unit_rows(features) if scaling == "l2-normalised" else features
-        inputs = (inputs.double() - basis.centre) / basis.divisor
+        inputs = (inputs.double() - centre) / divisor
         for head, value in zip(heads[index * len(l2) :], l2, strict=False):
-            weight = (head.weight.to(features.device) * basis.divisor).double().requires_grad_()
+            weight = (head.weight.to(features.device) * divisor).double().requires_grad_()
             shift = (
                 head.bias.double().to(features.device)
-                + head.weight.double().to(features.device) @ basis.centre.double()
+                + head.weight.double().to(features.device) @ centre.double()
             )
             bias = shift.requires_grad_()
             loss = torch.nn.functional.cross_entropy(inputs @ weight.T + bias, labels)
@@ -208,7 +219,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
         threadpool_limits(options.threads)
     if options.fp32:
-        conjugate_gradients.fast_bf16 = lambda _: (False, "asked for")  # type: ignore[assignment]
+        spaces.fast_bf16 = lambda _: (False, "asked for")  # type: ignore[assignment]
     features, labels = read_features(options.features) if options.features else synthetic(2062, 10)
     print(options.features or "synthetic features, size of sign_digits")
     features, labels = features.to(options.device), labels.to(options.device)

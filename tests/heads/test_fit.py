@@ -1,161 +1,19 @@
-"""The linear grid: exactness against scikit-learn, folding, folds, the choice, and bad input."""
+"""The grid of linear heads: folds, the choice, and bad input."""
 
-import dataclasses
 import logging
 
 import numpy as np
 import pytest
 import torch
 
+from tests.heads.points import make
 from tlcli.config.head import SCALINGS, HeadOptions
 from tlcli.data.folds import assign_folds
 from tlcli.errors import DataError
 from tlcli.heads.choice import Scores, choose_member
-from tlcli.heads.conjugate_gradients import Problems
 from tlcli.heads.fit import fit_head
 from tlcli.heads.head import head_from_state
-from tlcli.heads.linear import LinearHead, make_basis, unit_rows
-from tlcli.heads.linear_grid import AUTO_L2
-from tlcli.heads.logistic import solve
-
-
-def make(num_rows=150, width=40, num_classes=3, seed=0, spread=2.0):
-    """Return features with a decaying spectrum and an offset, like pooled activations, and labels."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(num_rows) % num_classes
-    centres = torch.randn(num_classes, width, generator=generator)
-    noise = torch.randn(num_rows, width, generator=generator) @ torch.diag(torch.logspace(0.5, -1.5, width))
-    mixing = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
-    return (spread * centres[labels] * 0.3 + noise) @ mixing + 3.0, labels
-
-
-def problems_for(labels, num_classes, l2, row_weights=None):
-    count = len(labels)
-    weights = torch.full((1, count), 1.0 / count) if row_weights is None else row_weights
-    values = torch.tensor(l2)
-    targets = torch.nn.functional.one_hot(labels, num_classes).T.float().contiguous()
-    return Problems(targets, weights, values, torch.zeros(len(values), dtype=torch.long))
-
-
-def scaled(basis, features):
-    """Return the features a basis works on: centred and divided, not rotated."""
-    features = unit_rows(features) if basis.scaling == "l2-normalised" else features
-    return (features - basis.centre) / basis.divisor
-
-
-def objective(head_weight, head_bias, features, labels, l2):
-    """Return the objective and the largest gradient component, in fp64."""
-    weight = head_weight.double().requires_grad_()
-    bias = head_bias.double().requires_grad_()
-    logits = features.double() @ weight.T + bias
-    loss = torch.nn.functional.cross_entropy(logits, labels) + 0.5 * l2 * weight.square().sum()
-    gradients = torch.autograd.grad(loss, (weight, bias))
-    return float(loss.detach()), max(float(gradient.abs().max()) for gradient in gradients)
-
-
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize(("num_rows", "width"), [(150, 40), (30, 60), (55, 60)])
-@pytest.mark.parametrize("num_classes", [2, 3])
-def test_solutions_are_stationary_points(scaling, num_rows, width, num_classes):
-    features, labels = make(num_rows, width, num_classes)
-    basis = make_basis(features, scaling)
-    grid = [1e-4, 1e-2, 1.0]
-    solutions = solve([basis], problems_for(labels, num_classes, grid))
-    assert solutions.converged.all()
-    inputs = scaled(basis, features)
-    for index, l2 in enumerate(grid):
-        # In scaled but unrotated features: the rotation must lose nothing.
-        weights = solutions.weights[0, index]
-        _, gradient = objective(basis.unrotated(weights), weights[:, -1], inputs, labels, l2)
-        assert gradient < 3e-4
-        head = basis.head(weights)
-        torch.testing.assert_close(head.logits(features), basis.logits(weights).T, atol=2e-3, rtol=1e-3)
-
-
-@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("num_rows", "num_classes"), [(400, 2), (400, 5), (120, 3)])
-def test_a_dense_path_is_solved_in_fp32_whatever_the_products(monkeypatch, low, num_rows, num_classes):
-    """Starts between solved neighbours, wide features that are not rotated, and products in bf16."""
-    monkeypatch.setattr("tlcli.heads.conjugate_gradients.SMALL_ELEMENTS", 0)
-    monkeypatch.setattr("tlcli.heads.conjugate_gradients.fast_bf16", lambda _: (low == torch.bfloat16, ""))
-    features, labels = make(num_rows, 300, num_classes)
-    basis = make_basis(features, "standardised")
-    assert (basis.axes is None) == (num_rows < 225)
-    grid = torch.logspace(-4, 1, 24).tolist()
-    solutions = solve([basis], problems_for(labels, num_classes, grid))
-    assert solutions.converged.all()
-    inputs = scaled(basis, features)
-    for l2, weights, reached in zip(grid, solutions.weights[0], solutions.gradient[0], strict=True):
-        _, gradient = objective(basis.unrotated(weights), weights[:, -1], inputs, labels, l2)
-        assert reached <= 1e-4
-        if basis.rotation is None:
-            assert gradient == pytest.approx(float(reached), abs=2e-6)
-
-
-def test_a_fold_starts_from_its_own_path_only():
-    """The rows a fold leaves out may say anything: its solutions do not change."""
-    features, labels = make(120, 40, 3)
-    basis = make_basis(features, "plain")
-    weights = torch.ones(2, 120)
-    weights[0, ::4], weights[1, 1::4] = 0.0, 0.0
-    weights /= weights.sum(1, keepdim=True)
-    grid = torch.logspace(-3, 1, 12).repeat(2)
-    folds = torch.arange(2).repeat_interleave(12)
-    other = labels.clone()
-    other[::4] = (other[::4] + 1) % 3
-    results = []
-    for truth in (labels, other):
-        targets = torch.nn.functional.one_hot(truth, 3).T.float().contiguous()
-        results.append(solve([basis], Problems(targets, weights, grid, folds)).weights[0, :12])
-    torch.testing.assert_close(results[0], results[1], atol=2e-3, rtol=2e-3)
-
-
-@pytest.mark.parametrize("num_classes", [2, 4])
-def test_agrees_with_sklearn(num_classes):
-    from sklearn.linear_model import LogisticRegression
-
-    features, labels = make(200, 30, num_classes)
-    basis = make_basis(features, "standardised")
-    inputs = scaled(basis, features)
-    grid = [1e-3, 1e-2, 1e-1]
-    solutions = solve([basis], problems_for(labels, num_classes, grid), tolerance=1e-5)
-    for index, l2 in enumerate(grid):
-        strength = (2.0 if num_classes == 2 else 1.0) / (l2 * len(labels))
-        model = LogisticRegression(C=strength, tol=1e-6, max_iter=2000).fit(inputs.double(), labels)
-        ours = basis.logits(solutions.weights[0, index]).T.softmax(1)
-        np.testing.assert_allclose(ours, model.predict_proba(inputs.double()), atol=2e-3)
-
-
-def test_row_weights_act_like_repeated_rows_and_zeros_like_absent_ones():
-    features, labels = make(60, 12, 3)
-    basis = make_basis(features, "plain")
-    weights = torch.ones(60)
-    weights[:10], weights[50:] = 2.0, 0.0
-    weighted = solve(
-        [basis],
-        problems_for(labels, 3, [1e-2], (weights / weights.sum())[None]),
-        tolerance=1e-6,
-    )
-    rows = torch.cat([torch.arange(10), torch.arange(50)])
-    same_axes = dataclasses.replace(basis, coordinates=basis.coordinates[rows])
-    repeated = solve([same_axes], problems_for(labels[rows], 3, [1e-2]), tolerance=1e-6)
-    torch.testing.assert_close(
-        basis.logits(weighted.weights[0, 0], rows),
-        basis.logits(repeated.weights[0, 0], rows),
-        atol=5e-4,
-        rtol=1e-3,
-    )
-
-
-def test_a_problem_comes_out_the_same_alone_and_in_a_batch():
-    features, labels = make(90, 20, 3)
-    basis = make_basis(features, "plain")
-    batch = solve([basis], problems_for(labels, 3, AUTO_L2), tolerance=1e-5)
-    for index in (0, 7, 15):
-        alone = solve([basis], problems_for(labels, 3, [AUTO_L2[index]]), tolerance=1e-5)
-        torch.testing.assert_close(
-            basis.logits(batch.weights[0, index]), basis.logits(alone.weights[0, 0]), atol=5e-3, rtol=5e-3
-        )
+from tlcli.heads.linear import LinearHead
 
 
 @pytest.mark.parametrize("factor", [1e-4, 1e4])
@@ -353,9 +211,9 @@ def test_what_is_no_matrix_of_features_is_refused():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tlcli.heads.conjugate_gradients.SMALL_ELEMENTS", 0),
+        ("tlcli.heads.spaces.SMALL_ELEMENTS", 0),
         ("tlcli.heads.conjugate_gradients.CACHE_ELEMENTS", 64),
-        ("tlcli.heads.linear_grid.KEPT_BYTES", 0),
+        ("tlcli.heads.linear_grid.FEW_OUTPUTS", 0),
         ("tlcli.heads.logistic.BATCH_BYTES", 200_000),
     ],
 )

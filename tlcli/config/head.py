@@ -64,7 +64,7 @@ class HeadOptions(Options):
 
     head: str = option(
         "linear",
-        "linear (a grid of 48, solved exactly) or mlp:H1,H2,... (hidden sizes).",
+        "linear (a grid of 48) or mlp:H1,H2,... (hidden sizes).",
         metavar="HEAD",
         parse=parse_head,
     )

@@ -2,91 +2,34 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tlcli.heads.linear import Basis
-from tlcli.machine.device import fast_bf16
+from tlcli.heads.row_loss import RowLoss
+from tlcli.heads.spaces import Problems, Space, Span, backward, forward
 
 MAX_ITERATIONS = 500
-REFRESH = 30  # iterations after which increments are replaced by what they add up to, in fp32
-NOISE = 0.02  # what increments in bf16 leave uncertain of the gradient at the last check
+SLOW = 12  # iterations after which a problem is slow
+SLOW_ELEMENTS = 1 << 25  # of the Hessians of slow problems, fp32: 128 MiB
+REFRESH = 12  # iterations after which increments are replaced by what they add up to
+# Share of the gradient at the last check below which what increments add up to is uncertain.
+NOISE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 STEEP = 0.3  # share of its slope at the start that a step may leave
-ATTEMPTS = 6  # fp32 checks without progress after which a problem is at the limit of fp32
+ATTEMPTS = 6  # checks without progress after which a problem is at the limit of fp32
+LEAST_CURVATURE = 1e-9  # where every row is named with certainty, the step is the penalty's
+COMPACT = 0.9  # share of unsolved problems below which the solved ones leave the batch
 CACHE_ELEMENTS = 1 << 17  # fp32 elements in a block of element-wise work on a CPU: 512 KiB
-SMALL_ELEMENTS = 1 << 18  # coordinates of a basis below which calls cost more than arithmetic
-STATE = ("penalty", "shares", "weights", "gradient", "direction", "turn", "logits", "means", "curvature")
-COUNTS = ("checked", "latest", "best", "attempts", "place")
-
-
-@dataclass(frozen=True)
-class Problems:
-    """Problems on the same rows and classes: every basis with every (l2, row weights) pair.
-
-    Attributes:
-        targets: fp32 [C, N], each column a distribution over the classes.
-        row_weights: fp32 [F, N], not negative, each row summing to 1; zeros leave a fold out.
-        l2: fp32 [H].
-        folds: int64 [H], which of `row_weights` each problem uses.
-    """
-
-    targets: Tensor
-    row_weights: Tensor
-    l2: Tensor
-    folds: Tensor
-
-
-def widen(value: Tensor, rank: int) -> Tensor:
-    """Insert zero coordinates before the last one, the bias: bases of different rank then fit one tensor."""
-    zeros = value.new_zeros(*value.shape[:-1], rank - value.shape[-1])
-    return torch.cat([value[..., :-1], zeros, value[..., -1:]], -1) if zeros.numel() else value
+LOSS_SHARE = 0.02  # of the spread of the outputs, beside the penalty, in what the decrement is compared with
+STATE = ("penalty", "space", "shares", "weights", "gradient", "direction", "turn", "logits", "slack",
+         "curvature", "spread")  # fmt: skip
+COUNTS = ("checked", "seen", "best", "attempts", "place")
 
 
 def dot(left: Tensor, right: Tensor) -> Tensor:
     """Return the inner product of each problem's parameters: [P, K, R] x [P, K, R] -> [P]."""
     count = len(left)
     return torch.bmm(left.reshape(count, 1, -1), right.reshape(count, -1, 1)).reshape(count)
-
-
-@dataclass(frozen=True)
-class Space:
-    """A basis widened to R coordinates, and its copy in the type of fast products."""
-
-    coordinates: Tensor
-    fast: Tensor
-    axes: Tensor | None
-    variances: Tensor
-    rest: float
-
-    @classmethod
-    def of(cls, basis: Basis, rank: int) -> "Space":
-        """Return a basis with coordinates that do nothing, up to `rank` of them."""
-        coordinates = widen(basis.coordinates, rank)
-        small = coordinates.device.type == "cpu" and coordinates.numel() <= SMALL_ELEMENTS
-        low = torch.bfloat16 if not small and fast_bf16(coordinates.device)[0] else torch.float32
-        variances = widen(basis.variances, rank) if basis.axes is None else basis.variances
-        return cls(coordinates, coordinates.to(low), basis.axes, variances, basis.rest)
-
-    def precondition(self, gradient: Tensor, curvature: Tensor, penalty: Tensor, out: Tensor) -> None:
-        """Give the gradients of Q problems times the inverse of `curvature * covariance + l2`.
-
-        Args:
-            gradient: [Q, K, R].
-            curvature: Mean curvature of each problem, [Q, 1].
-            penalty: l2 of each problem, [Q].
-            out: Takes them, [Q, K, R].
-        """
-        known = curvature * self.variances
-        known[:, :-1] += penalty[:, None]
-        known = known.clamp_min_(1e-7).reciprocal_()[:, None]
-        if self.axes is None:
-            torch.mul(gradient, known, out=out)
-            return
-        rest = (curvature * self.rest + penalty[:, None]).clamp_min(1e-7).reciprocal()
-        along = (gradient @ self.axes) * (known - rest[:, None])
-        torch.addcmul(along @ self.axes.T, gradient, rest[:, None], out=out)
 
 
 def bracket(
@@ -126,135 +69,207 @@ def bracket(
     return step
 
 
-class Solver:
-    """The state of P problems (S bases x H) being solved together; those of a basis stand side by side.
+def blocks(values: Tensor, count: int) -> Iterator[tuple[slice, slice]]:
+    """Yield (problems, rows) of blocks of values [P, K, N], of the first `count`, that stay in a cache."""
+    _, height, num_rows = values.shape
+    whole = CACHE_ELEMENTS if values.device.type == "cpu" else 1 << 26
+    columns = min(num_rows, max(1, whole // height))
+    at_once = max(1, whole // (columns * height))
+    for first in range(0, count, at_once):
+        for left in range(0, num_rows, columns):
+            yield slice(first, min(first + at_once, count)), slice(left, left + columns)
 
-    Two classes need only one logit v, with logits (v, -v) / sqrt(2): K = 1 row of parameters a problem, and
-    `means` holds sqrt(2) times the first probability, the derivative of the loss by v but for the target's.
-    More classes keep K = C rows, whose sum the gradient never moves from zero, and `means` is the softmax.
+
+def add_variance(variance: Tensor, weight: Tensor, curvature: Tensor, spread: Tensor) -> None:
+    """Add what p(1 - p) [Q, K, B] under row weights [Q, B] gives to the curvature [Q, K] and spread [Q].
+
+    The curvature of a class is its mean p(1 - p), the spread of a row its 1 - sum p^2.
+    """
+    found = variance.mul_(weight[:, None]).sum(2)
+    curvature += found
+    spread += found.sum(1)
+
+
+class Solver:
+    """The state of P problems (S folds x H) being solved together; those of a fold stand side by side.
+
+    A problem is solved when its Newton decrement, by the preconditioner's model of the Hessian, is at most
+    `tolerance` of the size of the solution:  g' inv(H) g <= tolerance^2 (l2 ||W||^2 + LOSS_SHARE spread),
+    where `spread` is the mean of 1 - sum p^2. The distance of W from the minimiser, measured by the Hessian,
+    is then that share of W's own: a small l2 is held to it as a large one is.
     """
 
     def __init__(self, spaces: list[Space], problems: Problems, tolerance: float) -> None:
         self.spaces = spaces
+        first = spaces[0].coordinates
+        device = first.device
         self.low = spaces[0].fast.dtype
+        self.rounds = self.low != torch.float32
         self.tolerance = tolerance
-        self.num_classes, self.num_rows = problems.targets.shape
-        self.two = self.num_classes == 2
-        self.top = math.sqrt(2.0) if self.two else 1.0  # what a mean is at most
-        self.targets = problems.targets[:1] * self.top if self.two else problems.targets
-        device = problems.l2.device
-        count, rows = len(spaces) * len(problems.l2), len(self.targets)
-        self.weights = torch.zeros(count, rows, spaces[0].coordinates.shape[1], device=device)
-        self.penalty = problems.l2.repeat(len(spaces))
-        self.shares = problems.row_weights[problems.folds.repeat(len(spaces))]  # [P, N]
+        self.labels = torch.stack([space.labels for space in spaces])  # [S, N]
+        self.loss = RowLoss(problems.num_classes, problems.smoothing)
+        self.num_rows = len(first)
+        each = len(problems.l2)
+        count, rows = len(spaces) * each, self.loss.num_logits
+        self.weights = torch.zeros(count, rows, first.shape[1], device=device)
+        self.penalty = problems.l2.float().repeat(len(spaces))
+        self.space = torch.arange(len(spaces), device=device).repeat_interleave(each)
+        self.shares = torch.stack([space.row_weights for space in spaces])[self.space]  # [P, N]
         self.gradient, self.direction, self.turn = (torch.zeros_like(self.weights) for _ in range(3))
-        self.logits, self.means, self.spare = (
+        self.logits, self.slack, self.spare = (
             torch.zeros(count, rows, self.num_rows, device=device) for _ in range(3)
         )
         self.change, self.rise = (torch.zeros_like(self.logits, dtype=self.low) for _ in range(2))
-        self.curvature = torch.zeros(count, device=device)
-        self.checked = torch.zeros(count, dtype=torch.long, device=device)  # iteration of the last fp32 check
-        self.latest = torch.zeros(count, device=device)  # largest gradient at the last check
-        self.noise = NOISE if self.low != torch.float32 else 0.0
-        self.best = torch.full((count,), math.inf, device=device)  # smallest gradient at a check
+        self.curvature = torch.zeros(count, rows, device=device)
+        self.spread = torch.zeros(count, device=device)
+        self.checked = torch.full((count,), -1, device=device)  # iteration of the last check
+        self.seen = torch.full((count,), math.inf, device=device)  # size of the gradient at the last check
+        self.best = torch.full_like(self.seen, math.inf)  # smallest one
         self.attempts = torch.zeros(count, dtype=torch.long, device=device)  # checks that did not halve it
         # Which problem each slot of the state holds: slots are given up as problems converge.
         self.place = torch.arange(count, device=device)
-        self.bounds = [len(problems.l2) * number for number in range(len(spaces) + 1)]
+        self.hessians: list[Tensor | None] = [None] * count  # Cholesky factors [K, R, R] of slow problems
+        self.bounds = [each * number for number in range(len(spaces) + 1)]
 
     # ---- the loop -----------------------------------------------------------------------------------------
 
     def run(self, *, recompute: bool) -> None:
         """Minimise every problem from `weights`, whose `logits` are there unless `recompute`.
 
-        Sets solution [P, K, R], outputs [P, K, N] (their logits), iterations [P] and reached [P], the largest
-        gradient component.
+        Sets solution [P, K, R], outputs [P, K, N] (their logits), iterations [P] and reached [P], the
+        decrement as a share of the size of the solution.
         """
         count, device = len(self.place), self.place.device
         self.solution, self.outputs = torch.empty_like(self.weights), torch.empty_like(self.logits)
         self.iterations = torch.zeros(count, dtype=torch.int32, device=device)
-        self.reached = torch.full((count,), math.inf, device=device)
+        self.reached = torch.full((count,), math.inf, dtype=torch.float64, device=device)
         done = torch.zeros(count, dtype=torch.bool, device=device)
-        ready = torch.arange(count, device=device)
+        self._check(self.place, 0, recompute)
         for iteration in range(MAX_ITERATIONS + 1):
-            if len(ready):
-                self._check(ready, iteration, recompute or iteration > 0)
-                over = ready[(self.latest <= self.tolerance)[ready] | (self.attempts >= ATTEMPTS)[ready]]
-                # A solution is taken when reached, though the problem may stay a while.
-                over = ready if iteration == MAX_ITERATIONS else over
-                taken = self.place[over]
-                self.solution[taken], self.outputs[taken] = self.weights[over], self.logits[over]
-                self.reached[taken], self.iterations[taken] = self.latest[over], iteration
-                done[taken] = True
+            descent, decrement = self._descent()
+            size = dot(self.gradient, self.gradient).sqrt()
+            due = (iteration - self.checked >= REFRESH) | (size <= NOISE[self.low] * self.seen)
+            due |= (decrement <= self.tolerance) & self.rounds
+            due |= torch.full_like(due, iteration == MAX_ITERATIONS)
+            due &= self.checked < iteration
+            if bool(due.any()):
+                self._check(due.nonzero()[:, 0], iteration, True)
+                self._model_hessians((due & ~done[self.place]).nonzero()[:, 0], iteration)
+                descent, decrement = self._descent()
+            self._note(decrement, iteration)
+            over = (decrement <= self.tolerance) | (self.attempts >= ATTEMPTS)
+            if iteration == MAX_ITERATIONS:
+                over = torch.ones_like(over)
+            # A solution is taken when reached, though the problem may stay a while.
+            self._take((over & ~done[self.place]).nonzero()[:, 0], decrement, iteration)
+            done[self.place[over]] = True
             left = ~done[self.place]
             share = float(left.float().mean())
             if share == 0.0:
                 break
-            if share < 0.9:
-                self._compact(left.nonzero()[:, 0])
-                left = ~done[self.place]
-            self._iterate()
-            largest = self.gradient.abs().amax((1, 2)) / self.top
-            due = (largest <= 0.9 * self.tolerance) | (largest <= self.noise * self.latest)
-            due |= iteration + 1 - self.checked >= REFRESH
-            ready = ((due | (iteration + 1 == MAX_ITERATIONS)) & left).nonzero()[:, 0]
+            if share < COMPACT:
+                keep = left.nonzero()[:, 0]
+                self._compact(keep)
+                descent = descent[keep]
+            self._iterate(descent)
+
+    def _descent(self) -> tuple[Tensor, Tensor]:
+        """Return the preconditioned gradients [P, K, R] and the decrements relative to the solutions, [P]."""
+        descent = torch.empty_like(self.gradient)
+        curvature = self.curvature.clamp_min(LEAST_CURVATURE)
+        for space, span in self._spans():
+            space.precondition(self.gradient[span], curvature[span], self.penalty[span], out=descent[span])
+        for slot, factor in enumerate(self.hessians):
+            if factor is not None:
+                descent[slot] = torch.cholesky_solve(self.gradient[slot][..., None], factor)[..., 0]
+        size = self.penalty * self.weights[..., :-1].square().sum((1, 2)) + LOSS_SHARE * self.spread
+        return descent, (dot(self.gradient, descent) / size.clamp_min(1e-30)).abs().sqrt()
+
+    def _model_hessians(self, which: Tensor, iteration: int) -> None:
+        """Precondition problems `which` that are slow with the Hessian's own blocks, one a class.
+
+        Where a few rows stay undecided, for one because their image is in two classes, their curvature is
+        thousands of times that of the others, and a mean of it says little.
+        """
+        elements = self.weights[0].numel() * self.weights.shape[2]
+        room = SLOW_ELEMENTS // elements - sum(factor is not None for factor in self.hessians)
+        slow = [slot for slot in which.tolist() if iteration >= SLOW]
+        for slot in slow[: max(0, room)]:
+            space = self.spaces[int(self.space[slot])]
+            share = self.loss.variance(self.slack[slot][None])[0] * self.shares[slot]
+            self.hessians[slot] = space.hessian(share, float(self.penalty[slot]))
+
+    def _note(self, decrement: Tensor, iteration: int) -> None:
+        """Remember the decrements of problems that were checked at `iteration`."""
+        fresh = self.checked == iteration
+        better = decrement < 0.5 * self.best
+        self.attempts = torch.where(fresh, torch.where(better, 0, self.attempts + 1), self.attempts)
+        self.best = torch.where(fresh, self.best.minimum(decrement), self.best)
+
+    def _take(self, over: Tensor, decrement: Tensor, iteration: int) -> None:
+        """Keep the solutions of the slots `over`."""
+        taken = self.place[over]
+        self.solution[taken], self.outputs[taken] = self.weights[over], self.logits[over]
+        self.reached[taken], self.iterations[taken] = decrement[over].double(), iteration
 
     def _check(self, which: Tensor, iteration: int, recompute: bool) -> None:
-        """Compute the gradients of problems `which` [Q] anew in fp32, and the logits too if `recompute`."""
+        """Compute the gradients of problems `which` [Q] anew, and the logits too if `recompute`."""
         every = len(which) == len(self.place)
         weights = self.weights if every else self.weights[which]
         logits = self.logits if every else self.logits[which]
         if recompute:
-            self._multiply(weights, [s.coordinates.T for s in self.spaces], logits, which)
-        means = self.means if every else self.means[which]
+            forward(self._spans(which), weights, logits, fast=False)
+        slack = self.slack if every else self.slack[which]
         residual = self.spare[: len(which)]
-        curvature = torch.zeros(len(which), device=which.device)
-        for part, rows in self._blocks(len(which)):
-            mean = means[part, :, rows] = self._means(logits[part, :, rows])
+        curvature, spread = torch.zeros_like(self.curvature[which]), torch.zeros_like(self.spread[which])
+        for part, rows in blocks(self.slack, len(which)):
+            labels = self._labels(part if every else which[part], rows)
+            found = slack[part, :, rows] = self.loss.slack(logits[part, :, rows], labels)
             weight = self.shares[part if every else which[part], rows]
-            curvature[part] += self._mean_curvature(mean, weight)
-            torch.mul(mean - self.targets[:, rows], weight[:, None], out=residual[part, :, rows])
+            add_variance(self.loss.variance(found), weight, curvature[part], spread[part])
+            residual[part, :, rows] = self.loss.derivative(found, labels) * weight[:, None]
         gradient = torch.empty_like(weights)
-        self._multiply(residual, [s.coordinates for s in self.spaces], gradient, which)
+        backward(self._spans(which), residual, gradient, fast=False)
         gradient[..., :-1] += weights[..., :-1] * self.penalty[which, None, None]
         if not every:
-            self.logits[which], self.means[which] = logits, means
-        self.gradient[which], self.curvature[which] = gradient, curvature
+            self.logits[which], self.slack[which] = logits, slack
+        self.gradient[which], self.curvature[which], self.spread[which] = gradient, curvature, spread
         self.checked[which] = iteration
-        largest = gradient.abs().amax((1, 2)) / self.top  # with two rows each has 1 / sqrt(2) of it
-        better = largest < 0.5 * self.best[which]
-        self.attempts[which] = torch.where(better, 0, self.attempts[which] + 1)
-        self.best[which] = torch.minimum(self.best[which], largest)
-        self.latest[which] = largest
+        self.seen[which] = dot(gradient, gradient).sqrt()
+
+    def _labels(self, which: Tensor | slice, rows: slice) -> Tensor:
+        """Return the labels [Q, B] of a block of rows in slots `which`."""
+        return self.labels[self.space[which], rows]
 
     def _compact(self, keep: Tensor) -> None:
         """Keep the slots `keep` of the state."""
         self.bounds = torch.searchsorted(keep, torch.tensor(self.bounds, device=keep.device)).tolist()
         for name in STATE + COUNTS:
             setattr(self, name, getattr(self, name)[keep])
+        self.hessians = [self.hessians[slot] for slot in keep.tolist()]
         for name in ("spare", "change", "rise"):
             setattr(self, name, getattr(self, name)[: len(keep)])
 
     # ---- one iteration ------------------------------------------------------------------------------------
 
-    def _iterate(self) -> None:
-        """Take one step in every problem."""
-        slope = self._turn_direction()
-        self._multiply(self.direction, [s.fast.T for s in self.spaces], self.change)
+    def _iterate(self, descent: Tensor) -> None:
+        """Take one step in every problem, given its preconditioned gradient."""
+        slope = self._turn_direction(descent)
+        forward(self._spans(), self.direction, self.change, fast=True)
         bend = self.penalty * self.direction[..., :-1].square().sum((1, 2))
         step = self._line_search(slope, bend)
-        self.means, self.spare = self.spare, self.means
-        for part, rows in self._blocks(len(step)):
-            self.logits[part, :, rows].addcmul_(self.change[part, :, rows].float(), step[part, None, None])
+        self.slack, self.spare = self.spare, self.slack
+        for part, rows in blocks(self.slack, len(step)):
+            change = self.change[part, :, rows].to(step.dtype)
+            self.logits[part, :, rows].addcmul_(change, step[part, None, None])
         self.weights.addcmul_(self.direction, step[:, None, None])
-        self._multiply(self.rise, [s.fast for s in self.spaces], self.turn)
+        backward(self._spans(), self.rise, self.turn, fast=True)
         scale = (step * self.penalty)[:, None, None]
         self.turn[..., :-1].addcmul_(self.direction[..., :-1], scale)
         self.gradient += self.turn
 
-    def _turn_direction(self) -> Tensor:
+    def _turn_direction(self, descent: Tensor) -> Tensor:
         """Set the next conjugate direction; return the slope of the objective along it, [P]."""
-        descent = self._precondition(self.gradient)
         bent = dot(self.direction, self.turn)
         share = dot(self.turn, descent) / bent.clamp_min(1e-30)  # Hestenes and Stiefel
         share = torch.where(bent > 1e-30, share.clamp(0.0, 100.0), 0.0)
@@ -263,47 +278,22 @@ class Solver:
         downhill = slope < -0.01 * steepest
         share = torch.where(downhill, share, 0.0)
         self.direction.mul_(share[:, None, None]).sub_(descent)
-        if self.low != torch.float32:
+        if self.rounds:
             self.direction.copy_(self.direction.to(self.low))  # the step that the products see
         return torch.where(downhill, slope, -steepest)
 
-    def _precondition(self, gradient: Tensor) -> Tensor:
-        """Return gradient [P, K, R] times the inverse of `curvature * covariance + l2`."""
-        result = torch.empty_like(gradient)
-        curvature = self.curvature.clamp_min(1e-4)[:, None]
-        for number, space in enumerate(self.spaces):
-            here = slice(self.bounds[number], self.bounds[number + 1])
-            space.precondition(gradient[here], curvature[here], self.penalty[here], out=result[here])
-        return result
-
-    def _multiply(
-        self, values: Tensor, factors: list[Tensor], out: Tensor, which: Tensor | None = None
-    ) -> None:
-        """Multiply values [Q, K, X], each by the factor [X, Y] of its basis, into out [Q, K, Y].
-
-        Slot i of both is slot which[i] of the state, in ascending order.
-        """
+    def _spans(self, which: Tensor | None = None) -> list[Span]:
+        """Return each space with its slots, or those of `which`, which ascends."""
         bounds = self.bounds
         if which is not None:
-            bounds = (
-                [0, len(which)]
-                if len(factors) == 1
-                else torch.searchsorted(which, torch.tensor(bounds, device=which.device)).tolist()
-            )
-        for first, end, factor in zip(bounds[:-1], bounds[1:], factors, strict=True):
-            if first == end:
-                continue
-            left = values[first:end].flatten(0, 1).to(factor.dtype)
-            target = out[first:end].view(-1, out.shape[-1])
-            if target.dtype == factor.dtype:
-                torch.mm(left, factor, out=target)
-            else:
-                target.copy_(left @ factor)
+            bounds = torch.searchsorted(which, torch.tensor(bounds, device=which.device)).tolist()
+        pairs = zip(self.spaces, bounds[:-1], bounds[1:], strict=True)
+        return [(space, slice(first, end)) for space, first, end in pairs if first < end]
 
     # ---- line search --------------------------------------------------------------------------------------
 
     def _line_search(self, slope: Tensor, bend: Tensor) -> Tensor:
-        """Return step sizes [P]; leaves means in `spare` and changes of the residuals in `rise`.
+        """Return step sizes [P]; leaves the slack in `spare` and changes of the residuals in `rise`.
 
         The objective along the direction is convex, so its slope brackets the minimum; Newton's step comes
         first.
@@ -315,55 +305,37 @@ class Solver:
         step = (-slope / (self._second_derivative() + bend).clamp_min(1e-30)).clamp_max(1e6)
         return bracket(slope, step, bend, self._measure)
 
-    def _blocks(self, count: int) -> Iterator[tuple[slice, slice]]:
-        """Yield (problems, rows) of blocks that stay in a core's cache."""
-        whole = CACHE_ELEMENTS if self.targets.device.type == "cpu" else 1 << 26
-        columns = min(self.num_rows, max(1, whole // len(self.targets)))
-        at_once = max(1, whole // (columns * len(self.targets)))
-        for first in range(0, count, at_once):
-            for left in range(0, self.num_rows, columns):
-                yield slice(first, min(first + at_once, count)), slice(left, left + columns)
-
-    def _means(self, logits: Tensor) -> Tensor:
-        """Return the means of logits [Q, K, B]."""
-        return (logits * self.top).sigmoid_().mul_(self.top) if self.two else logits.softmax(1)
-
-    def _mean_curvature(self, means: Tensor, weight: Tensor) -> Tensor:
-        """Return the mean curvature p(1 - p) [Q] of means [Q, K, B] under row weights [Q, B]."""
-        spread = self.top * means.sum(1) - means.square().sum(1)
-        return (spread * weight).sum(1) / (self.num_classes - 1)
-
     def _second_derivative(self) -> Tensor:
         """Return the second derivative of the data loss along the change, at step 0, [P]."""
-        result = torch.zeros(len(self.place), device=self.place.device)
-        for part, rows in self._blocks(len(result)):
-            change = self.change[part, :, rows].float()
-            product = self.means[part, :, rows] * change
-            first = product.sum(1)
-            second = product.mul_(change).sum(1).mul_(self.top)
-            weight = self.shares[part, rows]
-            result[part] += (second.addcmul_(first, first, value=-1.0) * weight).sum(1)
+        result = torch.zeros_like(self.spread)
+        for part, rows in blocks(self.slack, len(result)):
+            change = self.change[part, :, rows].to(result.dtype)
+            labels, weight = self._labels(part, rows), self.shares[part, rows]
+            second = self.loss.bend(self.slack[part, :, rows], change, labels)
+            result[part] += (second * weight).sum(1)
         return result
 
     def _measure(self, which: Tensor | slice, step: Tensor) -> Tensor:
         """Go `step` [Q] along the change in problems `which` [Q], or in all.
 
-        Sets their means in `spare`, their changes of residuals in `rise`, and their curvature.
+        Sets their slack in `spare`, their changes of residuals in `rise`, their curvature and spread.
 
         Returns:
             How much the slope of the data loss rises, [Q].
         """
         steeper = torch.zeros_like(step)
-        curvature = torch.zeros_like(step)
-        for part, rows in self._blocks(len(step)):
+        curvature = step.new_zeros(len(step), self.weights.shape[1])
+        spread = torch.zeros_like(step)
+        for part, rows in blocks(self.slack, len(step)):
             slots = part if isinstance(which, slice) else which[part]  # a slice copies nothing
-            change = self.change[slots, :, rows].float()
-            means = self._means(torch.addcmul(self.logits[slots, :, rows], change, step[part, None, None]))
+            change = self.change[slots, :, rows].to(step.dtype)
+            logits = torch.addcmul(self.logits[slots, :, rows], change, step[part, None, None])
+            slack = self.loss.slack(logits, self._labels(slots, rows))
             weight = self.shares[slots, rows]
-            curvature[part] += self._mean_curvature(means, weight)
-            rise = (means - self.means[slots, :, rows]).mul_(weight[:, None])
-            self.spare[slots, :, rows] = means
+            add_variance(self.loss.variance(slack), weight, curvature[part], spread[part])
+            rise = (slack - self.slack[slots, :, rows]).mul_(weight[:, None])
+            self.spare[slots, :, rows] = slack
             self.rise[slots, :, rows] = rise.to(self.rise.dtype)
             steeper[part] += rise.mul_(change).sum((1, 2))
-        self.curvature[which] = curvature
+        self.curvature[which], self.spread[which] = curvature, spread
         return steeper

@@ -3,12 +3,13 @@
 import logging
 
 import torch
+from torch import Tensor
 
 from tlcli.config.head import HeadOptions
 from tlcli.heads.choice import NO_SCORES, FittedHead, Scores, choose_member, finite
-from tlcli.heads.conjugate_gradients import Problems
-from tlcli.heads.linear import Basis, LinearHead, make_basis
-from tlcli.heads.logistic import side_by_side, solve
+from tlcli.heads.linear import LinearHead, is_wide, make_basis, make_coordinates, unit_rows
+from tlcli.heads.logistic import TOLERANCE, Solutions, solve
+from tlcli.heads.spaces import Fold, Problems
 from tlcli.heads.task import Task
 from tlcli.progress import Progress
 from tlcli.warned import warn
@@ -16,42 +17,29 @@ from tlcli.warned import warn
 logger = logging.getLogger(__name__)
 
 AUTO_L2 = tuple(10.0 ** (step / 3) for step in range(-12, 4))  # 1e-4 ... 10, three a decade
+SMALLEST_L2 = 1e-8  # what 0 stands for: the limit that can still be told from 0
 FALLBACK_L2 = 0.1  # where nothing can be held out; on the strong side, for data so small
+TIGHT = TOLERANCE / 8  # of the chosen head, and of every head on few rows, where it costs nothing
+FEW_OUTPUTS = 1 << 11  # rows x classes that count as few
 CPU_BUDGET = 1e14  # floating-point operations: about a quarter of an hour on two cores
-KEPT_BYTES = 1 << 30  # bases kept between cross-validation and the final fit
 
 
 def fit_linear(task: Task, options: HeadOptions, progress: Progress) -> FittedHead:
     """Cross-validate the linear grid, choose, and solve the chosen head on all rows."""
-    l2 = options.l2_values or AUTO_L2
+    l2 = _penalties(options)
     if not task.num_folds:
         value = FALLBACK_L2 if options.l2 == "auto" else l2[len(l2) // 2]
-        basis = make_basis(task.features, "plain")
         chosen = {"scaling": "plain", "l2": value}
-        return FittedHead(_solve_one(basis, task, value), chosen, dict(NO_SCORES), [], 0.0)
-    tried = options.scalings
+        return FittedHead(_solve_one(task, "plain", value), chosen, dict(NO_SCORES), [], 0.0)
     l2, num_measured = _affordable(task, l2, fixed=options.l2 != "auto")
-    members = [{"scaling": scaling, "l2": value} for scaling in tried for value in l2]
+    members = [{"scaling": scaling, "l2": value} for scaling in options.scalings for value in l2]
     progress.start("cross-validating heads", len(members), "heads")
-    kept: dict[str, Basis] = {}
-    results = []
-    num_rows, width = task.features.shape
-    at_once = side_by_side(task.features.device, num_rows, min(num_rows, width))
-    for scalings in [tried] if at_once else [(name,) for name in tried]:
-        bases = [make_basis(task.features, name) for name in scalings]
-        results.append(_cross_validate(bases, task, l2, num_measured))
-        kept.update({b.scaling: b for b in bases if b.num_bytes * len(tried) <= KEPT_BYTES})
-        progress.advance(len(l2) * len(scalings))
+    scores = cross_validate(task, options.scalings, l2, num_measured, progress)
     progress.finish()
-    scores = Scores(
-        torch.cat([part.log_loss for part in results]), torch.cat([part.correct for part in results])
-    )
     foldable = torch.tensor([member["scaling"] != "l2-normalised" for member in members])
     best = choose_member(scores, foldable.to(scores.log_loss.device))
     chosen = members[best]
-    scaling, value = str(chosen["scaling"]), float(str(chosen["l2"]))
-    basis = kept.get(scaling) or make_basis(task.features, scaling)
-    head = _solve_one(basis, task, value)
+    head = _solve_one(task, str(chosen["scaling"]), float(str(chosen["l2"])))
     table = [
         {**member, "cv_top1_accuracy": float(accuracy), "cv_log_loss": finite(loss)}
         for member, accuracy, loss in zip(
@@ -59,6 +47,14 @@ def fit_linear(task: Task, options: HeadOptions, progress: Progress) -> FittedHe
         )
     ]
     return FittedHead(head, dict(chosen), scores.summary(best), table, 0.0)
+
+
+def _penalties(options: HeadOptions) -> tuple[float, ...]:
+    """Return the l2 values of the grid, each once, and say what 0 stands for."""
+    given = options.l2_values or AUTO_L2
+    if 0.0 in given:
+        logger.info("l2 0 has no minimum on data that can be told apart: it is the limit, l2 %g", SMALLEST_L2)
+    return tuple(dict.fromkeys(max(value, SMALLEST_L2) for value in given))
 
 
 def _affordable(task: Task, l2: tuple[float, ...], *, fixed: bool) -> tuple[tuple[float, ...], int]:
@@ -86,44 +82,90 @@ def _affordable(task: Task, l2: tuple[float, ...], *, fixed: bool) -> tuple[tupl
     return few, folds
 
 
-def _cross_validate(bases: list[Basis], task: Task, l2: tuple[float, ...], num_measured: int) -> Scores:
-    """Return the held-out results of every scaling and l2; all folds are solved as one job."""
+def cross_validate(
+    task: Task, scalings: tuple[str, ...], l2: tuple[float, ...], num_measured: int, progress: Progress
+) -> Scores:
+    """Return the held-out results of every scaling and l2, on the first `num_measured` folds.
+
+    A fold is solved on the rows that it trains on, as if there were no others.
+    """
     device = task.labels.device
-    fold_ids = torch.arange(num_measured, device=device)
-    training = (task.folds[None] != fold_ids[:, None]).float() * task.row_weights
     rows = torch.nonzero((task.folds >= 0) & (task.folds < num_measured))[:, 0]
-    held_by, labels = task.folds[rows], task.labels[rows]
-    loss = torch.empty(len(bases), len(l2), len(rows), dtype=torch.float64, device=device)
-    correct = torch.empty(len(bases), len(l2), len(rows), dtype=torch.bool, device=device)
-    problems = Problems(
-        task.targets,
-        training / training.sum(1, keepdim=True),
-        torch.tensor(l2, device=device).repeat_interleave(num_measured),
-        fold_ids.repeat(len(l2)),
-    )
-    weights = solve(bases, problems).weights
-    for fold in range(num_measured):
-        inside = torch.nonzero(held_by == fold)[:, 0]
-        expected = labels[inside].expand(len(l2), -1)
-        for number, basis in enumerate(bases):
-            by_l2 = weights[number, fold::num_measured]  # [L, C, R]
-            outputs = basis.logits(by_l2, rows[inside])
-            losses = torch.nn.functional.cross_entropy(outputs, expected, reduction="none")
-            loss[number][:, inside] = losses.double()
-            correct[number][:, inside] = outputs.argmax(1) == expected
+    loss = torch.empty(len(scalings), len(l2), len(rows), dtype=torch.float64, device=device)
+    correct = torch.empty(len(scalings), len(l2), len(rows), dtype=torch.bool, device=device)
+    few = len(task.labels) * task.num_classes <= FEW_OUTPUTS  # one batch then saves calls
+    for group in [scalings] if few else [(scaling,) for scaling in scalings]:
+        inputs = [scaled_rows(task, scaling) for scaling in group]
+        folds = [
+            fold
+            for scaling, values in zip(group, inputs, strict=True)
+            for fold in make_folds(
+                task, scaling, values, [task.folds != number for number in range(num_measured)]
+            )
+        ]
+        weights = solve_grid(task, folds, l2).weights
+        for place, fold in enumerate(folds):
+            inside = torch.nonzero(task.folds[rows] == place % num_measured)[:, 0]
+            held = rows[inside]
+            outputs = fold.basis.logits(weights[place].flatten(0, 1), inputs[place // num_measured][held])
+            outputs = outputs.view(len(l2), task.num_classes, len(held))
+            labels = task.labels[held].expand(len(l2), -1)
+            index = scalings.index(group[place // num_measured])
+            losses = torch.nn.functional.cross_entropy(outputs, labels, reduction="none")
+            loss[index][:, inside] = losses.double()
+            correct[index][:, inside] = outputs.argmax(1) == labels
+        progress.advance(len(l2) * len(group))
     return Scores(loss.flatten(0, 1), correct.flatten(0, 1))
 
 
-def _solve_one(basis: Basis, task: Task, l2: float) -> LinearHead:
+def scaled_rows(task: Task, scaling: str) -> Tensor:
+    """Return the features that a basis of `scaling` is made of, fp32 [N, D]."""
+    return unit_rows(task.features) if scaling == "l2-normalised" else task.features
+
+
+def make_fold(task: Task, scaling: str, inputs: Tensor, training: Tensor) -> Fold:
+    """Return the rows `training` (bool [N]) of `inputs`, prepared to be solved on."""
+    return make_folds(task, scaling, inputs, [training])[0]
+
+
+def make_folds(task: Task, scaling: str, inputs: Tensor, trainings: list[Tensor]) -> list[Fold]:
+    """Return folds that train on the rows `trainings` (bool [N]) of `inputs`, fp32 [N, D].
+
+    They share their coordinates, unless these are not features and every fold divides features differently.
+    """
+    standardised = scaling == "standardised"
+    apart = standardised and is_wide(*inputs.shape)
+    whole = None if apart else make_coordinates(inputs)
+    folds = []
+    for training in trainings:
+        rows = torch.nonzero(training)[:, 0]
+        if whole is None:
+            coordinates = make_coordinates(inputs[rows], standardised=True)
+            weights, labels = task.row_weights[rows], task.labels[rows]
+            basis = make_basis(coordinates, torch.arange(len(rows), device=rows.device))
+        else:
+            weights, labels = task.row_weights * training, task.labels
+            basis = make_basis(whole, rows, standardised=standardised)
+        folds.append(Fold(basis, labels, weights / weights.sum()))
+    return folds
+
+
+def solve_grid(task: Task, folds: list[Fold], l2: tuple[float, ...], *, tight: bool = False) -> Solutions:
+    """Solve every l2 on every fold."""
+    values = torch.tensor(l2, dtype=torch.float64, device=task.labels.device)
+    problems = Problems(folds, task.num_classes, values, task.smoothing)
+    tight = tight or len(task.labels) * task.num_classes <= FEW_OUTPUTS
+    return solve(problems, tolerance=TIGHT if tight else TOLERANCE)
+
+
+def _solve_one(task: Task, scaling: str, l2: float) -> LinearHead:
     """Return the head for one l2 on all rows, on the CPU."""
-    device = task.labels.device
-    weights = task.row_weights[None] / task.row_weights.sum()
-    zero = torch.zeros(1, dtype=torch.long, device=device)
-    problems = Problems(task.targets, weights, torch.tensor([l2], device=device), zero)
-    solved = solve([basis], problems)
+    every = torch.ones_like(task.labels, dtype=torch.bool)
+    fold = make_fold(task, scaling, scaled_rows(task, scaling), every)
+    solved = solve_grid(task, [fold], (l2,), tight=True)
     if not bool(solved.converged.all()):
-        gradient = float(solved.gradient.max())
-        text = f"the chosen head (l2 {l2:.3g}) stopped short: its gradient is {gradient:.2g}"
+        left = float(solved.decrement.max())
+        text = f"the chosen head (l2 {l2:.3g}) stopped short of its minimum, by {left:.2g} of its size"
         warn("head_stopped_short", text)
-    head = basis.head(solved.weights[0, 0])
+    head = fold.basis.head(solved.weights[0, 0], normalise=scaling == "l2-normalised")
     return LinearHead(head.weight.cpu(), head.bias.cpu(), head.normalise)

@@ -24,7 +24,7 @@ def fit_mlp(task: Task, options: HeadOptions, progress: Progress) -> FittedHead:
         for penalty in l2
         for rate in settings.dropout
     ]
-    rows = TrainingRows(task.features, task.labels, task.targets, task.row_weights, task.folds)
+    rows = TrainingRows(task.features, task.labels, task.targets(), task.row_weights, task.folds)
     device = task.labels.device
     if not task.num_folds:
         member = members[len(members) // 2]

@@ -21,7 +21,8 @@ class Task:
     Attributes:
         features: fp32 [N, D] on the device, or on the CPU when they do not fit there.
         labels: int64 [N] on the device.
-        targets: fp32 [C, N], smoothed one-hot columns.
+        num_classes: C.
+        smoothing: Share of each target spread over all classes.
         row_weights: fp32 [N], from the class weights, mean 1.
         folds: int64 [N], the fold that holds the row out, -1 where it always trains.
         num_folds: How many folds there are; 0 when nothing can be held out.
@@ -29,15 +30,18 @@ class Task:
 
     features: Tensor
     labels: Tensor
-    targets: Tensor
+    num_classes: int
+    smoothing: float
     row_weights: Tensor
     folds: Tensor
     num_folds: int
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.targets)
+    def targets(self) -> Tensor:
+        """Return the smoothed one-hot columns, fp32 [C, N]."""
+        shape = (self.num_classes, len(self.labels))
+        even = torch.full(shape, self.smoothing / self.num_classes, device=self.labels.device)
+        own = even.new_full((1, len(self.labels)), 1.0 - self.smoothing)
+        return even.scatter_add_(0, self.labels[None], own)
 
 
 def check_features(features: Tensor, labels: Tensor, num_classes: int) -> None:
@@ -93,13 +97,11 @@ def make_task(
         logger.info("the features do not fit on %s: linear heads run on the CPU, MLPs in minibatches", device)
         device = device if options.hidden_sizes else torch.device("cpu")
         home = torch.device("cpu")
-    smoothing = options.label_smoothing or 0.0
-    one_hot = torch.nn.functional.one_hot(labels.long().cpu(), num_classes).T.float()
-    targets = one_hot * (1.0 - smoothing) + smoothing / num_classes
     return Task(
         features.detach().to(home, torch.float32),
         labels.to(device, torch.long),
-        targets.contiguous().to(device),
+        num_classes,
+        options.label_smoothing or 0.0,
         per_class[labels.long().cpu()].to(device),
         torch.from_numpy(folds).to(device),
         num_folds,
