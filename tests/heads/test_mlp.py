@@ -6,7 +6,8 @@ import torch
 from tlcli.config.head import HeadOptions
 from tlcli.heads.fit import fit_head
 from tlcli.heads.head import head_from_state
-from tlcli.heads.mlp import Grid, MlpHead, TrainingRows, initial_weight, train_mlps
+from tlcli.heads.mlp import MlpHead, initial_weight
+from tlcli.heads.mlp_stack import Grid, TrainingRows, train_mlps
 from tlcli.progress import Silent
 
 

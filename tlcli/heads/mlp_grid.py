@@ -1,10 +1,10 @@
-"""The grid of MLP heads: learning rate x l2 x dropout, cross-validated as one stack of networks."""
+"""The grid of MLP heads: learning rate x l2 x dropout, networks cross-validated side by side."""
 
 import torch
 
 from tlcli.config.head import HeadOptions
 from tlcli.heads.choice import NO_SCORES, FittedHead, Scores, choose_member, finite
-from tlcli.heads.mlp import Grid, TrainedStack, TrainingRows, train_mlps
+from tlcli.heads.mlp_stack import Grid, TrainedStack, TrainingRows, train_mlps
 from tlcli.heads.task import Task
 from tlcli.progress import Progress, Silent
 
