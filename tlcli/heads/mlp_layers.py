@@ -78,7 +78,7 @@ class Layer:
             activation: A name of ACTIVATIONS; None for a last layer.
             batch_norm: Whether values are normalised over the batch.
         """
-        zeros = torch.zeros(count, len(weight), device=weight.device)
+        zeros = weight.new_zeros(count, len(weight))
         self.activation, self.batch_norm = activation, batch_norm
         self.parameters = {"weight": weight.expand(count, -1, -1).contiguous()}
         self.running: dict[str, Tensor] = {}
