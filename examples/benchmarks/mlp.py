@@ -3,13 +3,13 @@
     python examples/benchmarks/mlp.py                             the default grid, at most 100 epochs
     python examples/benchmarks/mlp.py --epochs 2 --against OLD    beside another checkout of tlcli, in turn
 
-The default grid is 12 members (3 learning rates x 2 l2 x 2 dropout rates) on 5 folds, 60 networks, for each of
-four shapes with and without batch norm. Seconds are processor time of one thread, the final network included.
-A few epochs are enough for the ratio; the choice of a whole training takes all of them.
+The default grid is 12 members (3 learning rates x 2 l2 x 2 dropout rates) on 5 folds, 60 networks, for each
+of four shapes with and without batch norm. Seconds are processor time of one thread, the final network
+included. A few epochs are enough for the ratio; the choice of a whole training takes all of them.
 
 `--against` runs this script with each checkout's sources, interleaved, each fit in a process of its own, and
-prints medians, their ratio (OLD / own: above 1 this checkout is quicker), the largest difference between the two
-tables' cross-validated log losses, and whether the two chose the same member and epochs.
+prints medians, their ratio (OLD / own: above 1 this checkout is quicker), the largest difference between the
+two tables' cross-validated log losses, and whether the two chose the same member and epochs.
 """
 
 import argparse
@@ -30,10 +30,24 @@ SHAPES = {  # rows, features, classes, head
 }
 
 
+def synthetic(num_rows: int, num_classes: int, width: int) -> tuple[Any, Any]:
+    """Return features with the look of pooled activations, and labels (as heads.py does)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    latent = 256
+    labels = torch.randperm(num_rows, generator=generator) % num_classes
+    scale = torch.arange(1, latent + 1).float().pow(-0.5)
+    centres = torch.randn(num_classes, latent, generator=generator)
+    points = (torch.randn(num_rows, latent, generator=generator) + 0.35 * centres[labels]) * scale
+    mixing = torch.randn(latent, width, generator=generator)
+    noise = 0.3 * torch.randn(num_rows, width, generator=generator)
+    return torch.relu(0.4 * points @ mixing + noise), labels
+
+
 def fit(shape: str, batch_norm: bool, epochs: int) -> dict[str, Any]:
     """Return the seconds a grid takes, the member it chooses and its table."""
     import torch
-    from heads import synthetic
 
     from tlcli.config.head import HeadOptions
     from tlcli.heads.fit import fit_head
@@ -65,6 +79,19 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
     return max(finite) if all((a is None) == (b is None) for a, b in pairs) else float("inf")
 
 
+def row_of(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
+    """Return what the fits of both checkouts say; `before` may be empty."""
+    new = statistics.median(found["seconds"] for found in after)
+    chosen = str(after[0]["chosen"])
+    if not before:
+        return ["", f"{new:.1f}", "", "", chosen]
+    old = statistics.median(found["seconds"] for found in before)
+    ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(before, after, strict=True))
+    same = before[0]["chosen"] == after[0]["chosen"]
+    chosen += ", equal" if same else f", was {before[0]['chosen']}"
+    return [f"{old:.1f}", f"{new:.1f}", f"{ratio:.2f}", f"{difference(before[0], after[0]):.0e}", chosen]
+
+
 def main() -> None:
     """Time every shape."""
     parser = argparse.ArgumentParser(
@@ -80,27 +107,16 @@ def main() -> None:
         print(json.dumps(fit(options.one, options.batch_norm, options.epochs)))
         return
     own = Path(__file__).resolve().parents[2]
-    old = options.against.resolve() if options.against else None
-    print(
-        "| shape | batch norm | old, s | new, s | old / new | difference | chosen |\n|---|---|---|---|---|---|---|"
-    )
+    print("| shape | batch norm | old, s | new, s | old / new | difference | chosen |")
+    print("|---|---|---|---|---|---|---|", flush=True)
     for batch_norm in (False, True):
         for shape in SHAPES:
             before, after = [], []
             for _ in range(options.rounds):
-                if old:
-                    before.append(fit_with(old, shape, batch_norm, options.epochs))
+                if options.against:
+                    before.append(fit_with(options.against.resolve(), shape, batch_norm, options.epochs))
                 after.append(fit_with(own, shape, batch_norm, options.epochs))
-            new = statistics.median(found["seconds"] for found in after)
-            row = [shape, "yes" if batch_norm else "no", "", f"{new:.1f}", "", "", str(after[0]["chosen"])]
-            if old:
-                ratios = [a["seconds"] / b["seconds"] for a, b in zip(before, after, strict=True)]
-                row[2] = f"{statistics.median(found['seconds'] for found in before):.1f}"
-                row[4] = f"{statistics.median(ratios):.2f}"
-                row[5] = f"{difference(before[0], after[0]):.0e}"
-                row[6] += (
-                    ", equal" if before[0]["chosen"] == after[0]["chosen"] else f", was {before[0]['chosen']}"
-                )
+            row = [shape, "yes" if batch_norm else "no", *row_of(before, after)]
             print("| " + " | ".join(row) + " |", flush=True)
 
 
