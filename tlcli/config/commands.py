@@ -8,7 +8,7 @@ from typing import Literal
 from tlcli.config.backbone import BackboneOptions, CacheMode, Device, FeatureOptions
 from tlcli.config.data import AugmentOptions, DataOptions, Split
 from tlcli.config.fields import HasCacheLimit, HasWorkers, Options, argument, long_name, option, same
-from tlcli.config.head import HeadOptions
+from tlcli.config.head import CLOSED_FORM, HeadOptions
 from tlcli.config.training import Scenario, TrainingOptions
 from tlcli.errors import UsageError
 from tlcli.wording import parse_age, parse_size
@@ -72,7 +72,9 @@ class FinetuneConfig(
         scenario = self.resolved_scenario()
         if scenario == "feature-extraction":
             self._refuse_training_options()
+            self._refuse_meaningless_of_closed_forms()
         else:
+            self._refuse_closed_forms()
             self._refuse_head_options()
             self._refuse_publishing()
             self._refuse_balancing_twice()
@@ -89,6 +91,41 @@ class FinetuneConfig(
                         "feature-extraction freezes all of it.",
                         hint="Add --freeze K, or --scenario freeze, full or scratch; or leave it out.",
                     )
+
+    def _refuse_meaningless_of_closed_forms(self) -> None:
+        """Refuse what heads in closed form cannot follow and would have to ignore."""
+        without = {
+            "label_smoothing": (CLOSED_FORM, "is not trained with a log loss that smoothing would change"),
+            "l2": (("knn", "ncm"), "has no weights to penalise"),
+            "scaling": (("knn",), "compares directions, which are those of the features as they are"),
+        }
+        for name, (kinds, why) in without.items():
+            default = type(self).__dataclass_fields__[name].default
+            if self.kind in kinds and getattr(self, name) != default:
+                raise UsageError(
+                    f"--{long_name(name)} and --head {self.head} contradict each other: {self.head} {why}.",
+                    hint=f"Leave --{long_name(name)} out, or use --head linear.",
+                )
+
+    def _refuse_closed_forms(self) -> None:
+        """Refuse a closed form that no network can be trained from."""
+        if self.kind == "knn":
+            raise UsageError(
+                "--head knn is not a layer, and training the backbone needs one to train with it.",
+                hint="Use --freeze all for knn, or another --head.",
+            )
+        if self.kind in CLOSED_FORM and self.head_starts_at_random:
+            raise UsageError(
+                f"--head {self.head} says what the linear probe is that training starts from, and a training "
+                "from random weights has no probe.",
+                hint="Use --head linear.",
+            )
+
+    @property
+    def head_starts_at_random(self) -> bool:
+        """Return whether training the backbone starts without a linear probe."""
+        unpretrained = self.resolved_scenario() == "scratch" or self.random_init
+        return self.head_init == "random" or (unpretrained and self.head_init == "auto")
 
     def _refuse_head_options(self) -> None:
         """Refuse what only heads on frozen features can take."""
@@ -123,8 +160,7 @@ class FinetuneConfig(
                 "chosen.",
                 hint="Leave one of them out.",
             )
-        unprobed = self.resolved_scenario() == "scratch" or (self.random_init and self.head_init == "auto")
-        if unprobed or self.head_init == "random":
+        if self.head_starts_at_random:
             raise UsageError(
                 "--select-fraction chooses between the linear probe and the trained network, and a training "
                 "from random weights has no probe.",

@@ -12,15 +12,18 @@ from tlcli.wording import parse_numbers
 
 SCALINGS = ("plain", "standardised", "l2-normalised")
 MAX_HIDDEN = 65_536
+HeadKind = Literal["linear", "mlp", "knn", "ncm", "lda", "ridge"]
+SINGLE_LAYER = ("linear", "ncm", "lda", "ridge")  # heads that are one linear layer
+CLOSED_FORM = ("knn", "ncm", "lda", "ridge")  # heads that are not trained with a log loss
 
 
 def parse_head(text: str, name: str = "--head") -> tuple[int, ...]:
-    """Return the hidden sizes of an MLP head, or () for a linear one.
+    """Return the hidden sizes of an MLP head, or () for any other.
 
     Raises:
-        UsageError: `text` is neither `linear` nor `mlp:` with positive whole numbers.
+        UsageError: `text` is neither the name of a head nor `mlp:` with positive whole numbers.
     """
-    if text == "linear":
+    if text in (*SINGLE_LAYER, *CLOSED_FORM):
         return ()
     kind, _, sizes = text.partition(":")
     try:
@@ -29,7 +32,8 @@ def parse_head(text: str, name: str = "--head") -> tuple[int, ...]:
         hidden = ()
     if kind != "mlp" or not hidden or min(hidden) < 1 or max(hidden) > MAX_HIDDEN:
         raise UsageError(
-            f"{name} {text!r} is not a head.", hint="Expected linear, or mlp:512 or mlp:1024,256."
+            f"{name} {text!r} is not a head.",
+            hint="Expected linear, knn, ncm, lda, ridge, or hidden sizes as in mlp:512 or mlp:1024,256.",
         )
     return hidden
 
@@ -64,7 +68,8 @@ class HeadOptions(Options):
 
     head: str = option(
         "linear",
-        "linear (a grid of 48) or mlp:H1,H2,... (hidden sizes).",
+        "linear (a grid of 48), mlp:H1,H2,... (hidden sizes), or in closed form: ridge, lda "
+        "(linear discriminants), ncm (nearest class mean), knn (nearest neighbours).",
         metavar="HEAD",
         parse=parse_head,
     )
@@ -83,7 +88,8 @@ class HeadOptions(Options):
     )
     l2: str = option(
         "auto",
-        "Comma-separated l2 penalties of the grid; auto spans the useful range.",
+        "Comma-separated l2 penalties of the grid (lda: shrinkage is l2 / (1 + l2)); auto spans the useful "
+        "range.",
         metavar="GRID",
         parse=_auto_or_numbers(0.0, 1e9),
     )
@@ -155,8 +161,19 @@ class HeadOptions(Options):
     )
 
     @property
+    def kind(self) -> HeadKind:
+        """Return what kind of head it is."""
+        kind: HeadKind = "mlp" if self.hidden_sizes else self.head  # type: ignore[assignment]
+        return kind
+
+    @property
+    def is_single_layer(self) -> bool:
+        """Return whether the head is one linear layer, which a network can be trained from and end in."""
+        return self.kind in SINGLE_LAYER
+
+    @property
     def hidden_sizes(self) -> tuple[int, ...]:
-        """Return the hidden sizes of an MLP head, or () for a linear one."""
+        """Return the hidden sizes of an MLP head, or () for any other."""
         found: tuple[int, ...] = self.parsed("head")
         return found
 

@@ -1,26 +1,43 @@
 """A grid of heads on frozen features, chosen by cross-validation inside train.
 
-The linear grid is in linear_grid.py, the grid of MLP heads in mlp_grid.py, how one is chosen in choice.py.
+The linear grid is in linear_grid.py, the grid of MLP heads in mlp_grid.py, ridge, linear discriminants and
+class means in closed_form.py, nearest neighbours in neighbours_grid.py, how one is chosen in choice.py.
 Folds are stratified by class and never divide a group (folds.py); rows that are not train are never looked
 at.
 """
 
 import dataclasses
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from tlcli.config.head import HeadOptions
+from tlcli.config.head import CLOSED_FORM, HeadKind, HeadOptions
 from tlcli.heads.choice import FittedHead
+from tlcli.heads.closed_form import fit_closed_form, num_closed_form
 from tlcli.heads.linear_grid import AUTO_L2, fit_linear
 from tlcli.heads.mlp_grid import AUTO_L2_MLP, fit_mlp
-from tlcli.heads.task import check_features, make_task
+from tlcli.heads.neighbours_grid import fit_neighbours, num_neighbours
+from tlcli.heads.task import Task, check_features, make_task
 from tlcli.progress import Progress, Silent
+
+FITTERS: dict[HeadKind, Callable[[Task, HeadOptions, Progress], FittedHead]] = {
+    "linear": fit_linear,
+    "mlp": fit_mlp,
+    "knn": fit_neighbours,
+    "ncm": fit_closed_form,
+    "lda": fit_closed_form,
+    "ridge": fit_closed_form,
+}
 
 
 def num_heads(options: HeadOptions) -> int:
     """Return how many heads the grid of `options` has; large data is tried with fewer."""
+    if options.kind == "knn":
+        return num_neighbours(options)
+    if options.kind in CLOSED_FORM:
+        return num_closed_form(options)
     if options.hidden_sizes:
         settings = options.mlp_grid()
         return len(settings.lr) * len(options.l2_values or AUTO_L2_MLP) * len(settings.dropout)
@@ -43,7 +60,7 @@ def fit_head(
         features: fp32 [N, D], raw pooled features.
         labels: int64 [N] in [0, num_classes).
         num_classes: Number of classes; classes without rows are allowed.
-        options: The head and its grid.
+        options: The head and its grid. Label smoothing is for `linear` and `mlp`.
         groups: int64 [N]; rows of one group are never divided by a fold (copies of one image, one patient).
         device: Where to compute.
         progress: Told of grid members finished.
@@ -55,6 +72,6 @@ def fit_head(
     check_features(features, labels, num_classes)
     task = make_task(features, labels, num_classes, options, groups, torch.device(device))
     progress = progress or Silent()
-    fitted = (fit_mlp if options.hidden_sizes else fit_linear)(task, options, progress)
+    fitted = FITTERS[options.kind](task, options, progress)
     fitted.cv["folds"] = task.num_folds
     return dataclasses.replace(fitted, seconds=time.perf_counter() - started)

@@ -8,6 +8,7 @@ from torch import Tensor
 from tlcli.errors import DataError
 from tlcli.heads.linear import LinearHead
 from tlcli.heads.mlp import MlpHead
+from tlcli.heads.neighbours import NeighboursHead
 
 
 class Head(Protocol):
@@ -37,9 +38,11 @@ def head_from_state(facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> He
             return LinearHead(state["weight"].float(), state["bias"].float(), bool(facts["normalise"]))
         if facts["kind"] == "mlp":
             return MlpHead.load(facts, state)
+        if facts["kind"] == "knn":
+            return NeighboursHead.load(facts, state)
     except KeyError as error:
         raise DataError(f"The saved head lacks {error.args[0]!r}.", hint="Train the run again.") from error
     raise DataError(
-        f"The saved head is of an unknown kind {facts['kind']!r}; expected linear or mlp.",
+        f"The saved head is of an unknown kind {facts['kind']!r}; expected linear, mlp or knn.",
         hint="It may come from a newer tlcli.",
     )

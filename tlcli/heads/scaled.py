@@ -1,0 +1,141 @@
+"""Features as closed-form heads see them: one scaling, perhaps in fewer coordinates, and their sums by fold.
+
+Where there are fewer rows than features, the rows span a space of at most N dimensions, and the solutions lie
+in it: a QR decomposition of the scaled rows gives axes, and X'X is N x N.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tlcli.heads.discriminants import Scorer
+from tlcli.heads.linear import LinearHead, unit_rows
+from tlcli.heads.sums import BLOCK, Sums, add_all, sum_rows
+from tlcli.heads.task import Task
+
+GATHERED = 8 * BLOCK  # rows of a fold that are copied together at a time
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """How raw features become the coordinates of one scaling.
+
+    Attributes:
+        scaling: One of SCALINGS.
+        centre: fp64 [D], subtracted from the features, which are divided by their l2 norm before where the
+            scaling says so.
+        divisor: fp64 [D], by which centred features are divided; their mean variance is 1 then.
+        rotation: fp64 [D, N], orthonormal axes whose span holds every training row; None where the
+            coordinates are the scaled features.
+    """
+
+    scaling: str
+    centre: Tensor
+    divisor: Tensor
+    rotation: Tensor | None = None
+
+    @property
+    def unit(self) -> bool:
+        """Return whether rows are divided by their l2 norm first."""
+        return self.scaling == "l2-normalised"
+
+    def coordinates(self, features: Tensor) -> Tensor:
+        """Return the coordinates of raw features [N, D], fp64 [N, D], or [N, r] where they are rotated."""
+        rows = unit_rows(features) if self.unit else features
+        scaled = (rows.to(self.centre) - self.centre) / self.divisor
+        return scaled if self.rotation is None else scaled @ self.rotation
+
+    def head(self, scorer: Scorer, factor: float) -> LinearHead:
+        """Return the head on raw features whose logits are `factor` times the scores."""
+        weight = scorer.weight if self.rotation is None else scorer.weight @ self.rotation.T
+        weight = factor * weight / self.divisor
+        bias = factor * scorer.bias - weight @ self.centre
+        return LinearHead(weight.float().contiguous(), bias.float(), self.unit)
+
+
+def scale(features: Tensor, scaling: str, *, rotate: bool) -> Scaled:
+    """Return how features are scaled.
+
+    Args:
+        features: fp32 [N, D], finite, N >= 1.
+        scaling: One of SCALINGS.
+        rotate: Reduce the coordinates to as many as there are rows, where there are more features.
+    """
+    num_rows, width = features.shape
+    device = torch.device("cpu") if features.device.type == "mps" else features.device  # MPS has no fp64
+    one = torch.ones(width, dtype=torch.float64, device=device)
+    centre, variance = _moments(features, Scaled(scaling, 0.0 * one, one))
+    divisor = one
+    if scaling == "standardised":
+        deviation = variance.sqrt()
+        # A constant column has only rounding noise: blowing that up to variance 1 would invent a feature.
+        divisor = torch.where(deviation > 1e-6 * centre.abs(), deviation, one)
+    divisor = divisor * (float((variance / divisor.square()).mean()) ** 0.5 or 1.0)
+    found = Scaled(scaling, centre, divisor)
+    if not rotate or num_rows >= width:
+        return found
+    return Scaled(scaling, centre, divisor, torch.linalg.qr(found.coordinates(features).T).Q)
+
+
+def _moments(features: Tensor, raw: Scaled) -> tuple[Tensor, Tensor]:
+    """Return the mean and the variance of each feature, fp64 [D], in two passes over blocks of rows."""
+    starts = range(0, len(features), BLOCK)
+    centre, variance = torch.zeros_like(raw.centre), torch.zeros_like(raw.centre)
+    for start in starts:
+        centre += raw.coordinates(features[start : start + BLOCK]).sum(0) / len(features)
+    for start in starts:
+        centred = raw.coordinates(features[start : start + BLOCK]) - centre
+        variance += centred.square().sum(0) / len(features)
+    return centre, variance
+
+
+class FoldSums:
+    """Sums of a task's training rows in the coordinates of any scaling, without one fold or whole.
+
+    Plain and standardised coordinates follow from the same sums of raw features, which are computed once.
+    """
+
+    def __init__(self, task: Task, *, products: bool) -> None:
+        """Remember the task.
+
+        Args:
+            task: Whose rows are summed, with their weights.
+            products: Whether X'X is needed.
+        """
+        self.task = task
+        self.products = products
+        self.raw: dict[bool, list[Sums]] = {}
+
+    def parts(self, scaled: Scaled) -> list[Sums]:
+        """Return the sums of each fold, then those of the rows that always train."""
+        if scaled.rotation is not None:
+            rows = scaled.coordinates(self.task.features)
+            return self._by_fold(rows, torch.zeros_like(rows[0]), unit=False)
+        if scaled.unit not in self.raw:
+            self.raw[scaled.unit] = self._by_fold(self.task.features, scaled.centre, unit=scaled.unit)
+        return [part.in_units(scaled.centre, scaled.divisor) for part in self.raw[scaled.unit]]
+
+    def _by_fold(self, rows: Tensor, shift: Tensor, *, unit: bool) -> list[Sums]:
+        folds = self.task.folds.to(rows.device)
+        return [
+            self._sum(rows, torch.nonzero(folds == fold)[:, 0], shift, unit)
+            for fold in (*range(self.task.num_folds), -1)
+        ]
+
+    def _sum(self, rows: Tensor, index: Tensor, shift: Tensor, unit: bool) -> Sums:
+        """Return the sums of the rows at `index`, int64 [n], copied a few at a time."""
+        labels, weights = self.task.labels.to(rows.device), self.task.row_weights.to(rows.device)
+        chunks = [index[start : start + GATHERED] for start in range(0, max(1, len(index)), GATHERED)]
+        return add_all(
+            sum_rows(
+                rows[here],
+                labels[here],
+                self.task.num_classes,
+                row_weights=weights[here],
+                shift=shift,
+                unit=unit,
+                products=self.products,
+            )
+            for here in chunks
+        )
