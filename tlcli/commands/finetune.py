@@ -122,7 +122,7 @@ class FinetunePlan:
     def _heads(self) -> str:
         """Return which heads are tried, and how one is chosen."""
         config = self.config
-        kind = f"mlp {' x '.join(map(str, config.hidden_sizes))}" if config.hidden_sizes else "linear"
+        kind = " x ".join([config.kind, *map(str, config.hidden_sizes)]).replace(" x ", " ", 1)
         folds = f"cross-validation of up to {config.folds} folds inside train"
         count = num_heads(config)
         how = "measured" if count == 1 else f"at most {count} in one job, chosen"
@@ -229,7 +229,7 @@ def _plan(config: FinetuneConfig, progress: Progress, dry_run: bool) -> Finetune
         plan = plan_training(config, collection, run_to_continue(config), dry_run=dry_run)
         extractor, features = plan.extractor, plan.features
     names = collection.dataset.class_names
-    check_saving(extractor.backbone, len(names), linear=not config.hidden_sizes)
+    check_saving(extractor.backbone, len(names), linear=config.is_single_layer)
     if config.output:
         run_dir = Path(config.output)
     else:
@@ -420,9 +420,8 @@ def _majority_class(train: Collection) -> int:
 
 def _fitted_facts(config: FinetuneConfig, fitted: FittedHead, train: Collection) -> dict[str, Any]:
     """Return what a head on frozen features is; metrics are cross-validation's, until val is measured."""
-    kind = "mlp" if config.hidden_sizes else "linear"
     head = {
-        "kind": kind,
+        "kind": config.kind,
         "chosen": fitted.chosen,
         "cv": fitted.cv,
         "refit": config.refit,

@@ -7,8 +7,8 @@ STEPS = 60
 TOLERANCE = 1e-3  # relative, of the temperature
 
 
-def fit_temperature(scores: Tensor, labels: Tensor, row_weights: Tensor) -> float:
-    """Return the temperature T > 0 for which the softmax of scores / T has the smallest log loss.
+def fit_temperature(scores: Tensor, labels: Tensor, row_weights: Tensor, offset: Tensor) -> float:
+    """Return the temperature T > 0 for which softmax(scores / T + offset) has the smallest log loss.
 
     The loss is convex in 1 / T; Newton's steps, kept inside a bracket. The labels are smoothed by 1 / (N + 2)
     as in Platt's scaling (1999): a few rows that are all right would ask for a temperature of 0 otherwise.
@@ -18,6 +18,7 @@ def fit_temperature(scores: Tensor, labels: Tensor, row_weights: Tensor) -> floa
         scores: fp32 [N, C] of rows that the scores were not fitted to, N >= 1.
         labels: int64 [N].
         row_weights: fp32 [N].
+        offset: fp32 [C], what does not depend on the temperature.
     """
     smoothing = 1.0 / (len(scores) + 2)
     stride = max(1, scores.numel() // FIT_ELEMENTS)
@@ -29,9 +30,10 @@ def fit_temperature(scores: Tensor, labels: Tensor, row_weights: Tensor) -> floa
         return 1.0  # no row tells classes apart; any temperature gives the same
     scores = scores / spread
     wanted = (1.0 - smoothing) * scores.gather(1, labels[:, None])[:, 0]
-    low, high, factor = 0.0, float("inf"), 1.0
+    factor: float = 1.0
+    low, high = 0.0, float("inf")
     for _ in range(STEPS):
-        shares = (factor * scores).softmax(1)
+        shares = (factor * scores + offset).softmax(1)
         found = (shares * scores).sum(1)
         slope = float((weights * (found - wanted)).sum())
         curvature = float((weights * ((shares * scores.square()).sum(1) - found.square())).sum())
@@ -43,4 +45,4 @@ def fit_temperature(scores: Tensor, labels: Tensor, row_weights: Tensor) -> floa
         if abs(following - factor) <= TOLERANCE * factor:
             break
         factor = following
-    return spread / float(factor)
+    return float(spread / factor)

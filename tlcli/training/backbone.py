@@ -339,7 +339,8 @@ def _head_without(
     """Return what gives the head of a probe that some training samples were kept from."""
     l2, scaling = "auto", UNCHANGED_SCALINGS
     if not config.hidden_sizes:
-        l2, scaling = repr(probe.chosen["l2"]), probe.chosen["scaling"]
+        scaling = probe.chosen["scaling"]
+        l2 = repr(probe.chosen["l2"]) if "l2" in probe.chosen else l2
 
     def head_without(out: Tensor) -> dict[str, Tensor]:
         kept = torch.ones(len(features), dtype=torch.bool)
