@@ -106,7 +106,8 @@ def _solved(task: Task, member: dict[str, Any], sums: FoldSums, kind: str) -> tu
 def _members(options: HeadOptions, values: tuple[float, ...]) -> list[dict[str, Any]]:
     """Return the hyperparameters of each member of the grid, those of one scaling together."""
     if options.kind == "ncm":
-        return [{"scaling": name, "prior": prior} for name in options.scalings for prior in PRIORS]
+        priors = PRIORS if options.class_weights == "none" else PRIORS[:1]
+        return [{"scaling": name, "prior": prior} for name in options.scalings for prior in priors]
     members: list[dict[str, Any]] = [
         {"scaling": name, "l2": l2} for name in options.scalings for l2 in values
     ]

@@ -132,8 +132,8 @@ def sum_rows(
         labels: int64 [N] in [0, num_classes).
         num_classes: Number of classes, those of other parts included.
         row_weights: fp32 [N], not negative; 1 for every row without.
-        shift: fp64 [D]; the mean of the first block unless given. It is rounded to fp32, so that subtracting
-            it costs fp32 rows nothing.
+        shift: fp64 [D]; the mean of the first block unless given. It is rounded to fp32, so that rows
+            near it lose nothing when it is subtracted in fp32.
         unit: Divide each row by its l2 norm first.
         products: Whether X'X is needed.
     """
@@ -154,8 +154,12 @@ def sum_rows(
     exact = num_rows * width**2 <= EXACT_WORK
     for start in range(0, num_rows, BLOCK):
         span = slice(start, start + BLOCK)
-        rows = _block(features[span], unit) - near
-        block = rows.to(device).double()
+        rows = _block(features[span], unit)
+        if exact:
+            block = rows.to(device).double() - near.to(device)
+        else:
+            rows = rows - near
+            block = rows.to(device).double()
         here = weights[span][:, None]
         sums.index_add_(0, labels[span], block if plain else block * here)
         if products:
