@@ -213,7 +213,7 @@ def test_the_licence_of_a_weights_file_is_not_that_of_the_architecture(tmp_path,
 # ---- other heads and backbones ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["mlp", "l2-normalised", "bf16 rows"])
+@pytest.mark.parametrize("kind", ["mlp", "l2-normalised", "bf16 rows", "knn", "lda"])
 def test_other_heads_are_evaluated_and_predicted_with(folder, monkeypatch, run_cli, kind):
     options = {}
     if kind == "mlp":
@@ -222,8 +222,17 @@ def test_other_heads_are_evaluated_and_predicted_with(folder, monkeypatch, run_c
         options = {"scaling": "l2-normalised"}
     if kind == "bf16 rows":
         options = {"cache_dtype": "bf16"}
+    if kind in {"knn", "lda"}:
+        options = {"head": kind}
     result = run(folder, **options)
-    if kind != "bf16 rows":
+    if kind in {"knn", "lda"}:
+        assert result.document["head"]["kind"] == kind
+        assert result.document["head"]["stored"]["facts"]["kind"] == ("knn" if kind == "knn" else "linear")
+        assert result.document["head"]["cv"]["log_loss"] is not None
+        assert ("features of the training images" in (result.run_path / "README.md").read_text()) == (
+            kind == "knn"
+        )
+    if kind not in {"bf16 rows", "lda"}:
         assert (result.run_path / "head.safetensors").exists()
         assert result.document["head"]["stored"]["classifier"] is None
     measured = json.loads(run_cli("evaluate", result.run_path, "--json").stdout)

@@ -36,16 +36,53 @@ def test_configurations_are_frozen():
 
 
 @pytest.mark.parametrize(
-    ("head", "hidden"), [("linear", ()), ("mlp:512", (512,)), ("mlp:64,32", (64, 32)), ("mlp: 8", (8,))]
+    ("head", "hidden"),
+    [
+        ("linear", ()),
+        ("mlp:512", (512,)),
+        ("mlp:64,32", (64, 32)),
+        ("mlp: 8", (8,)),
+        ("knn", ()),
+        ("lda", ()),
+    ],
 )
 def test_heads(head, hidden):
-    assert FinetuneConfig(head=head).hidden_sizes == hidden
+    options = FinetuneConfig(head=head)
+    assert options.hidden_sizes == hidden
+    assert options.kind == head.partition(":")[0]
+    assert options.is_single_layer == (head in {"linear", "lda"})
 
 
-@pytest.mark.parametrize("head", ["mlp", "mlp:", "mlp:0", "mlp:-5", "mlp:a", "svm", "linear:3", "mlp:99999"])
+@pytest.mark.parametrize(
+    "head", ["mlp", "mlp:", "mlp:0", "mlp:-5", "mlp:a", "svm", "linear:3", "mlp:99999", "knn:5"]
+)
 def test_what_is_no_head_is_refused(head):
     with pytest.raises(UsageError, match="not a head"):
         FinetuneConfig(head=head)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"head": "ridge", "label_smoothing": 0.1}, ["--label-smoothing", "--head ridge"]),
+        ({"head": "knn", "l2": "0.1"}, ["--l2", "--head knn"]),
+        ({"head": "ncm", "l2": "0.1"}, ["--l2", "--head ncm"]),
+        ({"head": "knn", "scaling": "plain"}, ["--scaling", "--head knn"]),
+        ({"head": "knn", "scenario": "full"}, ["--head knn", "not a layer"]),
+        ({"head": "lda", "scenario": "scratch"}, ["--head lda", "no probe"]),
+        ({"head": "ncm", "freeze": "3", "head_init": "random"}, ["--head ncm", "no probe"]),
+    ],
+)
+def test_what_a_closed_form_cannot_follow_is_refused(options, names):
+    with pytest.raises(UsageError) as caught:
+        FinetuneConfig(**options)
+    assert all(name in str(caught.value) for name in names)
+
+
+def test_what_a_closed_form_can_follow_is_taken():
+    FinetuneConfig(head="ridge", l2="0.1,1", scaling="plain", class_weights="balanced")
+    FinetuneConfig(head="knn", class_weights="balanced")
+    FinetuneConfig(head="ridge", freeze="3", label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("options", [{"l2": "x"}, {"lr": "0"}, {"dropout": "1"}, {"l2": "-1"}])

@@ -82,6 +82,11 @@ def _training_line(facts: Mapping[str, Any]) -> list[str]:
 def _usage(facts: Mapping[str, Any]) -> list[str]:
     if facts["head"]["stored"]["classifier"]:
         return ["import timm", "", 'model = timm.create_model("local-dir:RUN", pretrained=True).eval()']
+    if facts["head"]["stored"]["facts"].get("kind") == "knn":
+        return [
+            "# tlcli predict RUN IMAGES",
+            "# head.safetensors has the features of the training images, model.safetensors the backbone.",
+        ]
     return [
         "# tlcli predict RUN IMAGES",
         "# The head is in head.safetensors; model.safetensors is the backbone without it.",
