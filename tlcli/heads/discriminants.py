@@ -13,7 +13,7 @@ from tlcli.heads.sums import Sums
 
 REFINED_SHARE = 8  # from so many dimensions a class, a factorisation in fp32 with refinement is faster
 REFINEMENTS = 4
-RESIDUAL = 1e-9  # relative, at which a refined solution is good
+RESIDUAL = 1e-7  # relative, at which a refined solution is good
 SMALLEST_JITTER = 1e-12  # of the mean variance, added where a matrix without penalty is singular
 
 

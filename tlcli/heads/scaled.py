@@ -14,7 +14,7 @@ from tlcli.heads.linear import LinearHead, unit_rows
 from tlcli.heads.sums import BLOCK, Sums, add_all, sum_rows
 from tlcli.heads.task import Task
 
-GATHERED = 8 * BLOCK  # rows of a fold that are copied together at a time
+GATHERED = 32_768  # rows of a fold that are copied together at a time
 
 
 @dataclass(frozen=True)
@@ -54,40 +54,45 @@ class Scaled:
         return LinearHead(weight.float().contiguous(), bias.float(), self.unit)
 
 
-def scale(features: Tensor, scaling: str, *, rotate: bool) -> Scaled:
-    """Return how features are scaled.
+def scale(features: Tensor, scalings: tuple[str, ...], *, rotate: bool) -> dict[str, Scaled]:
+    """Return how features are scaled, by scaling.
 
     Args:
         features: fp32 [N, D], finite, N >= 1.
-        scaling: One of SCALINGS.
+        scalings: Of SCALINGS.
         rotate: Reduce the coordinates to as many as there are rows, where there are more features.
     """
-    num_rows, width = features.shape
-    device = torch.device("cpu") if features.device.type == "mps" else features.device  # MPS has no fp64
-    one = torch.ones(width, dtype=torch.float64, device=device)
-    centre, variance = _moments(features, Scaled(scaling, 0.0 * one, one))
-    divisor = one
-    if scaling == "standardised":
-        deviation = variance.sqrt()
-        # A constant column has only rounding noise: blowing that up to variance 1 would invent a feature.
-        divisor = torch.where(deviation > 1e-6 * centre.abs(), deviation, one)
-    divisor = divisor * (float((variance / divisor.square()).mean()) ** 0.5 or 1.0)
-    found = Scaled(scaling, centre, divisor)
-    if not rotate or num_rows >= width:
-        return found
-    return Scaled(scaling, centre, divisor, torch.linalg.qr(found.coordinates(features).T).Q)
+    moments = {unit: _moments(features, unit) for unit in {name == "l2-normalised" for name in scalings}}
+    found = {}
+    for name in scalings:
+        centre, variance = moments[name == "l2-normalised"]
+        divisor = torch.ones_like(centre)
+        if name == "standardised":
+            deviation = variance.sqrt()
+            # A constant column has only rounding noise: blowing that up to variance 1 would invent a feature.
+            divisor = torch.where(deviation > 1e-6 * centre.abs(), deviation, divisor)
+        divisor = divisor * (float((variance / divisor.square()).mean()) ** 0.5 or 1.0)
+        found[name] = Scaled(name, centre, divisor)
+        if rotate and len(features) < features.shape[1]:
+            axes = torch.linalg.qr(found[name].coordinates(features).T).Q
+            found[name] = Scaled(name, centre, divisor, axes)
+    return found
 
 
-def _moments(features: Tensor, raw: Scaled) -> tuple[Tensor, Tensor]:
-    """Return the mean and the variance of each feature, fp64 [D], in two passes over blocks of rows."""
+def _moments(features: Tensor, unit: bool) -> tuple[Tensor, Tensor]:
+    """Return the mean and the variance of each feature, fp64 [D], of l2-normalised ones with `unit`."""
+    home = torch.device("cpu") if features.device.type == "mps" else features.device  # MPS has no fp64
     starts = range(0, len(features), BLOCK)
-    centre, variance = torch.zeros_like(raw.centre), torch.zeros_like(raw.centre)
-    for start in starts:
-        centre += raw.coordinates(features[start : start + BLOCK]).sum(0) / len(features)
-    for start in starts:
-        centred = raw.coordinates(features[start : start + BLOCK]) - centre
-        variance += centred.square().sum(0) / len(features)
-    return centre, variance
+    blocks = (features[start : start + BLOCK].to(home) for start in starts)
+    centre = torch.zeros(features.shape[1], dtype=torch.float64, device=home)
+    for block in blocks:
+        centre += (unit_rows(block) if unit else block).sum(0, dtype=torch.float64)
+    centre /= len(features)
+    near, variance = centre.float(), torch.zeros_like(centre)
+    for block in (features[start : start + BLOCK].to(home) for start in starts):
+        centred = (unit_rows(block) if unit else block) - near
+        variance += centred.square_().sum(0, dtype=torch.float64)
+    return centre, (variance / len(features) - (centre - near).square()).clamp_min(0.0)
 
 
 class FoldSums:

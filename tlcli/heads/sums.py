@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tlcli.heads.linear import unit_rows
 
-BLOCK = 4096  # rows at a time
+BLOCK = 1024  # rows at a time: larger blocks are given back to the system, and asked for again, each time
 STRIP = 512  # columns of X'X at a time: what lies left of a strip's diagonal is mirrored, not computed
 EXACT_WORK = 2e10  # products up to this many multiplications are fp64; fp32 blocks are twice as fast
 
