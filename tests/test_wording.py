@@ -5,6 +5,7 @@ import pytest
 from tlcli.errors import UsageError
 from tlcli.wording import (
     did_you_mean,
+    images_text,
     near_misses,
     parse_age,
     parse_device,
@@ -22,6 +23,11 @@ DAY = 86400.0
 )
 def test_size_text(num_bytes, text):
     assert size_text(num_bytes) == text
+
+
+def test_images_are_counted_with_their_groups():
+    assert images_text(1, None) == "1 image"
+    assert images_text(1200, 40) == "1,200 images in 40 groups"
 
 
 @pytest.mark.parametrize(

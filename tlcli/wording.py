@@ -34,6 +34,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def images_text(num_images: int, num_groups: int | None) -> str:
+    """Return images for people: "200 images in 20 groups", or "200 images" where they are in none (None)."""
+    images = counted(num_images, "image")
+    return images if num_groups is None else f"{images} in {counted(num_groups, 'group')}"
+
+
 def near_misses(word: str, known: Iterable[str], *, most: int = 3, cutoff: float = 0.6) -> list[str]:
     """Return the names that `word` may have been meant for, the nearest first; capitals do not count.
 

@@ -8,7 +8,6 @@ import pytest
 from sklearn import metrics as reference
 
 from tlcli.metrics import scores
-from tlcli.metrics.intervals import wilson_interval
 
 
 def make(num_rows=300, num_classes=7, seed=0):
@@ -83,44 +82,27 @@ def test_calibration_by_hand():
     assert result.bins[-1]["count"] == 3
 
 
-def test_wilson_agrees_with_scipy():
-    from scipy.stats import binomtest
-
-    for successes, total in ((0, 10), (10, 10), (147, 153), (1, 1), (50, 100)):
-        ours = wilson_interval(successes, total)
-        theirs = binomtest(successes, total).proportion_ci(0.95, method="wilson")
-        assert ours.low == pytest.approx(theirs.low, abs=1e-12)
-        assert ours.high == pytest.approx(theirs.high, abs=1e-12)
-        assert 0.0 <= ours.low < ours.high <= 1.0
-
-
-@pytest.mark.parametrize(("successes", "total"), [(0, 0), (3, 2), (-1, 5)])
-def test_wilson_refuses_what_is_no_proportion(successes, total):
-    with pytest.raises(ValueError, match="expected"):
-        wilson_interval(successes, total)
-
-
-def test_bootstrap_is_seeded_and_covers_the_estimate():
-    logits, labels = make(num_rows=400)
-    confusion = scores.confusion_matrix(labels, logits.argmax(1), 7)
-    first = scores.macro_f1_interval(confusion, seed=1)
-    assert first == scores.macro_f1_interval(confusion, seed=1)
-    assert first != scores.macro_f1_interval(confusion, seed=2)
-    assert first.low < scores.macro_f1(confusion) < first.high
-    rng = np.random.default_rng(0)
-    direct = []
-    for _ in range(400):
-        rows = rng.integers(0, 400, 400)
-        direct.append(reference.f1_score(labels[rows], logits[rows].argmax(1), average="macro"))
-    low, high = np.percentile(direct, [2.5, 97.5])
-    assert first.low == pytest.approx(low, abs=0.01)
-    assert first.high == pytest.approx(high, abs=0.01)
-
-
 def test_majority_baseline_uses_the_class_of_train():
     labels = np.array([0, 0, 0, 1])
     assert scores.majority_baseline(labels) == 0.75
     assert scores.majority_baseline(labels, majority_class=1) == 0.25
+
+
+def test_intervals_are_by_groups_where_there_are_groups():
+    logits, labels = make(num_rows=60, num_classes=3)
+    plain = scores.score(logits, labels)
+    alone = scores.score(logits, labels, groups=np.arange(60))
+    grouped = scores.score(np.repeat(logits, 4, 0), np.repeat(labels, 4), groups=np.repeat(np.arange(60), 4))
+    assert alone == plain
+    assert plain["interval"]["method"] == "wilson"
+    assert plain["macro_f1_interval"]["method"] == "wilson-jackknife"
+    assert "num_groups" not in plain["interval"]
+    for name in ("interval", "macro_f1_interval"):
+        assert grouped[name]["method"] == plain[name]["method"] + "-groups"
+        assert grouped[name]["num_groups"] == 60
+        # four copies of each image tell no more than the images, and the few groups tell a little less
+        assert grouped[name]["low"] == pytest.approx(plain[name]["low"], abs=0.01)
+        assert grouped[name]["high"] == pytest.approx(plain[name]["high"], abs=0.01)
 
 
 def test_no_rows_are_refused():

@@ -111,6 +111,15 @@ def test_the_interval_of_a_gain_covers_in_95_of_100_cases():
     assert 0.93 <= covered / 2_000 <= 0.985
 
 
+def test_a_gain_on_copies_of_one_image_is_no_evidence_of_more():
+    pair = candidate("probe", logits(first(8)), LABELS), candidate("trained", logits(first(16)), LABELS)
+    alone = Comparison(*pair, "val").interval
+    assert Comparison(*pair, "val", groups=torch.arange(20)).interval == alone
+    grouped = Comparison(*pair, "val", groups=torch.arange(20) // 4).interval
+    assert alone.low > 0 > grouped.low
+    assert grouped.num_groups == 5
+
+
 def test_what_is_held_out_is_stratified_whole_groups_and_never_all_of_a_class():
     labels = torch.tensor([0] * 50 + [1] * 50 + [2])
     groups = torch.arange(101) // 2

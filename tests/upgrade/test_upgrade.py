@@ -40,7 +40,10 @@ VOLATILE = {
         "command",
     ),
     *("plan", "features_seconds", "environments", "cached"),
+    "method",  # of an interval: that of macro F1 is another one since
 }
+# Intervals of a method that held less often than it said.
+REPLACED = {"macro_f1_interval"}
 
 
 @pytest.fixture(params=RELEASES)
@@ -97,7 +100,9 @@ def missing(old: object, new: object, where: str = "", *, values: bool = True) -
         found = [f"{where}.{key} is gone" for key in old.keys() - new.keys()]
         for key in old.keys() & new.keys():
             plain = not isinstance(old[key], dict | list)
-            if key in VOLATILE or key.endswith(("_seconds", "_path")) or (plain and not values):
+            if key in REPLACED:
+                found += missing(old[key], new[key], f"{where}.{key}", values=False)
+            elif key in VOLATILE or key.endswith(("_seconds", "_path")) or (plain and not values):
                 if kind(old[key]) != kind(new[key]) and (values or old[key] is not None):
                     found.append(f"{where}.{key}: was {old[key]!r}, now {new[key]!r}")
             else:

@@ -6,7 +6,7 @@ from typing import Any
 from tlcli.cli.options import command
 from tlcli.cli.output import Output, table
 from tlcli.config.commands import FinetuneConfig
-from tlcli.wording import counted
+from tlcli.wording import counted, images_text
 
 
 @command(
@@ -116,7 +116,8 @@ def _values(chosen: dict[str, Any]) -> str:
 def accuracy(found: dict[str, Any]) -> str:
     """Return an accuracy with its interval, number of images and baseline, for people."""
     low, high = found["interval"]["low"], found["interval"]["high"]
+    images = images_text(found["num_images"], found["interval"].get("num_groups"))
     return (
-        f"{found['top1_accuracy']:.3f}  (95 %: {low:.3f} to {high:.3f}, {found['num_images']} images; "
+        f"{found['top1_accuracy']:.3f}  (95 %: {low:.3f} to {high:.3f}, {images}; "
         f"always the most frequent class {found['majority_baseline']:.3f})"
     )

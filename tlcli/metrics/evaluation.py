@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tlcli.data.collection import Collection
+from tlcli.data.collection import Collection, groups_of
 from tlcli.metrics import scores as metrics
 from tlcli.warned import warn
 
@@ -38,6 +38,8 @@ def measure(
 ) -> Evaluation:
     """Return every metric of a split, with each image's prediction.
 
+    Intervals are by groups where there are any.
+
     Args:
         logits: fp32 [n, C] in the order of the collection.
         collection: The images; labels index `class_names`.
@@ -47,7 +49,8 @@ def measure(
         worst: How many of the most confident mistakes to list.
     """
     labels = np.array([sample.label for sample in collection.samples], np.int64)
-    found = metrics.score(logits, labels, majority_class=majority_class)
+    groups = groups_of(collection).numpy()
+    found = metrics.score(logits, labels, majority_class=majority_class, groups=groups)
     present = set(labels.tolist())
     if absent := [repr(name) for index, name in enumerate(class_names) if index not in present]:
         more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from tlcli.metrics.intervals import Interval, wilson_interval
+from tlcli.metrics.intervals import share_interval
+from tlcli.metrics.macro_f1 import macro_f1, macro_f1_interval
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 SMALLEST_PROBABILITY = 1e-12  # log loss of a certain mistake is then 27.6, not infinite
 CALIBRATION_BINS = 15
-BOOTSTRAP_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -95,17 +95,6 @@ def class_scores(confusion: IntArray) -> tuple[ClassScores, ...]:
     return tuple(scores)
 
 
-def macro_f1(confusion: IntArray) -> float:
-    """Return the mean F1 of the classes that have images."""
-    return float(_macro_f1(confusion.diagonal(), confusion.sum(1), confusion.sum(0)))
-
-
-def _macro_f1(hits: IntArray, support: IntArray, predicted: IntArray) -> float:
-    """Return the mean F1 of the classes with support, from counts [C]."""
-    has = support > 0
-    return float((2 * hits[has] / (support[has] + predicted[has])).mean())
-
-
 def log_loss(probabilities: FloatArray, labels: IntArray) -> float:
     """Return the mean of -log p(label), with p clipped at 1e-12; in nats."""
     own = np.take_along_axis(np.asarray(probabilities, dtype=np.float64), labels[:, None], axis=1)
@@ -141,41 +130,12 @@ def calibration(
     return Calibration(error, tuple(bins))
 
 
-def macro_f1_interval(confusion: IntArray, *, seed: int = 0) -> Interval:
-    """Return a 95 % percentile bootstrap interval of macro F1.
-
-    Images are drawn again with replacement; drawing from the cells of the confusion matrix is the same thing.
-
-    Args:
-        confusion: int64 [C, C].
-        seed: Of the resampling.
-    """
-    true, predicted = np.nonzero(confusion)
-    counts = confusion[true, predicted]
-    num_classes, total = len(confusion), int(counts.sum())
-    rng = np.random.default_rng(seed)
-    shares = counts / total
-    diagonal = true == predicted
-    values = []
-    for _ in range(BOOTSTRAP_RESAMPLES):
-        drawn = rng.multinomial(total, shares)
-        values.append(
-            _macro_f1(
-                np.bincount(true, drawn * diagonal, num_classes),
-                np.bincount(true, drawn, num_classes),
-                np.bincount(predicted, drawn, num_classes),
-            )
-        )
-    low, high = np.percentile(values, [2.5, 97.5])
-    return Interval(float(low), float(high), "bootstrap")
-
-
 def majority_baseline(labels: IntArray, majority_class: int | None = None) -> float:
     """Return the accuracy of always naming one class.
 
     Args:
         labels: int64 [N] of the measured images.
-        majority_class: The most frequent class of train; the most frequent of `labels` unless given.
+        majority_class: The most frequent class of train; None for the most frequent of `labels`.
     """
     if majority_class is None:
         majority_class = int(np.bincount(labels).argmax())
@@ -183,7 +143,11 @@ def majority_baseline(labels: IntArray, majority_class: int | None = None) -> fl
 
 
 def score(
-    logits: FloatArray, labels: IntArray, *, majority_class: int | None = None, seed: int = 0
+    logits: FloatArray,
+    labels: IntArray,
+    *,
+    majority_class: int | None = None,
+    groups: IntArray | None = None,
 ) -> dict[str, Any]:
     """Return every metric of a split as plain values for a JSON document.
 
@@ -193,7 +157,7 @@ def score(
         logits: [N, C], N >= 1.
         labels: int64 [N].
         majority_class: The most frequent class of train, for the baseline.
-        seed: Of the bootstrap.
+        groups: int64 [N], equal for images that depend on each other; intervals are then by groups.
 
     Raises:
         ValueError: There are no rows.
@@ -204,17 +168,17 @@ def score(
     probabilities = softmax(logits)
     predictions = logits.argmax(axis=1).astype(np.int64)
     confusion = confusion_matrix(labels, predictions, num_classes)
-    hits = int(confusion.trace())
+    right = predictions == labels
     calibrated = calibration(probabilities, labels)
     return {
         "num_images": len(labels),
-        "top1_accuracy": hits / len(labels),
-        "interval": wilson_interval(hits, len(labels)).document(),
+        "top1_accuracy": float(right.mean()),
+        "interval": share_interval(right, groups).document(),
         "majority_baseline": majority_baseline(labels, majority_class),
         "top5_accuracy": top_k_accuracy(logits, labels, 5),
         "top5_k": min(5, num_classes),
         "macro_f1": macro_f1(confusion),
-        "macro_f1_interval": macro_f1_interval(confusion, seed=seed).document(),
+        "macro_f1_interval": macro_f1_interval(confusion, labels, predictions, groups).document(),
         "log_loss": log_loss(probabilities, labels),
         "expected_calibration_error": calibrated.expected_error,
         "calibration_bins": list(calibrated.bins),

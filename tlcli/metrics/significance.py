@@ -1,7 +1,10 @@
 """Whether two classifiers differ on the same images."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 SIGNIFICANT = 0.05  # p below which two classifiers are said to differ
 
@@ -21,17 +24,43 @@ class SignTest:
     p_value: float
 
 
-def sign_test(first: Mapping[str, bool], second: Mapping[str, bool]) -> SignTest:
-    """Compare two classifiers by the images on which only one of them is right (McNemar 1947, exact form).
+def sign_test(
+    first: Mapping[str, bool], second: Mapping[str, bool], groups: Mapping[str, Hashable] | None = None
+) -> SignTest:
+    """Compare two classifiers by the images on which only one of them is right.
+
+    By chance, what a group's images give to one classifier might as well be the other's, the whole group at
+    once: the exact distribution of the sum of these gains under random signs (Fisher 1935). Where every image
+    is on its own this is the exact form of McNemar's test (1947).
 
     Args:
         first: Image -> whether the first is right.
         second: The same for the second, of the same images.
+        groups: Image -> its group; None, or left out for an image, where it is on its own.
     """
-    from scipy.stats import binomtest
+    gains = {name: int(first[name]) - int(second[name]) for name in first}
+    net: dict[Any, int] = {}
+    for name, gain in gains.items():
+        key = ("group", groups[name]) if groups is not None and name in groups else ("image", name)
+        net[key] = net.get(key, 0) + gain
+    wins, losses = (sum(gain == side for gain in gains.values()) for side in (1, -1))
+    return SignTest(wins, losses, _two_sided(np.array(list(net.values()), np.int64)))
 
-    only_first = sum(first[name] and not second[name] for name in first)
-    only_second = sum(second[name] and not first[name] for name in first)
-    differing = only_first + only_second
-    p_value = float(binomtest(only_first, differing).pvalue) if differing else 1.0
-    return SignTest(only_first, only_second, p_value)
+
+def _two_sided(gains: np.ndarray[Any, np.dtype[np.int64]]) -> float:
+    """Return how likely random signs of `gains` int64 [G] give a sum at least as far from 0."""
+    from scipy.stats import binom
+
+    sizes, observed = np.abs(gains[gains != 0]), abs(int(gains.sum()))
+    if not len(sizes):
+        return 1.0
+    # chances[i]: that gains of the absolute sum i go to the first.
+    alone = int((sizes == 1).sum())
+    chances = np.asarray(binom.pmf(np.arange(alone + 1), alone, 0.5))
+    for size in sizes[sizes > 1]:
+        moved = np.zeros(len(chances) + size)
+        moved[: len(chances)] += chances / 2
+        moved[size:] += chances / 2
+        chances = moved
+    sums = 2 * np.arange(len(chances)) - sizes.sum()
+    return float(min(1.0, chances[np.abs(sums) >= observed].sum()))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tlcli.config.fields import long_name
-from tlcli.wording import counted, printable
+from tlcli.wording import counted, images_text, printable
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
@@ -35,9 +35,10 @@ def model_card(facts: Mapping[str, Any]) -> str:
     for name, found in facts["metrics"].items():
         if found:
             low, high = found["interval"]["low"], found["interval"]["high"]
+            images = images_text(found["num_images"], found["interval"].get("num_groups"))
             lines.append(
                 f"- {name.replace('_', ' ').capitalize()}: top-1 accuracy {found['top1_accuracy']:.3f} "
-                f"(95 % interval {low:.3f} to {high:.3f}, {found['num_images']} images; "
+                f"(95 % interval {low:.3f} to {high:.3f}, {images}; "
                 f"always the most frequent class: {found['majority_baseline']:.3f})"
             )
     if warnings := facts.get("warnings"):

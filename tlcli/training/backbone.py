@@ -265,7 +265,7 @@ def _publication(plan: TrainingPlan, parts: Parts, before: _Logits | None, after
     first: Name = "earlier" if plan.continued else "probe"
     comparison = Comparison(
         candidate(first, before.chooses, labels), candidate("trained", after.chooses, labels),
-        parts.selected_on, balanced=plan.recipe.balanced,
+        parts.selected_on, balanced=plan.recipe.balanced, groups=groups_of(parts.chooses),
     )  # fmt: skip
     found = publish(comparison, insist=plan.insist)
     if not found.give_warnings():

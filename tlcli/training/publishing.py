@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tlcli.metrics.intervals import Interval, paired_interval
+from tlcli.metrics.intervals import Interval, difference_interval
 from tlcli.warned import warn
 
 Name = Literal["probe", "trained", "earlier"]
@@ -53,12 +53,14 @@ class Comparison:
         trained: What came of it.
         selected_on: Split of the images.
         balanced: Whether balanced accuracy decides, as where classes weigh the same in training.
+        groups: int64 [N], equal for images that depend on each other; None where none do.
     """
 
     start: Candidate
     trained: Candidate
     selected_on: Literal["train", "val"]
     balanced: bool = False
+    groups: Tensor | None = None
 
     @property
     def won(self) -> bool:
@@ -72,9 +74,9 @@ class Comparison:
 
     @property
     def interval(self) -> Interval:
-        """Return the paired 95 % interval of `gain`."""
-        start, trained = self.start.right, self.trained.right
-        return paired_interval(int((trained & ~start).sum()), int((start & ~trained).sum()), len(start))
+        """Return the paired 95 % interval of `gain`, by groups where there are any."""
+        groups = None if self.groups is None else self.groups.numpy()
+        return difference_interval(self.trained.right.cpu().numpy(), self.start.right.cpu().numpy(), groups)
 
     def _merit(self, found: Candidate) -> tuple[float, float]:
         return found.balanced_accuracy if self.balanced else found.top1_accuracy, -found.log_loss
