@@ -143,10 +143,32 @@ def test_a_refit_trains_on_val_and_then_does_not_measure_on_it(folder):
     assert estimate["num_images"] == 36
     assert estimate["interval"]["low"] <= estimate["top1_accuracy"] <= estimate["interval"]["high"]
     assert 0 < estimate["majority_baseline"] < 0.6
+    corrected = refit.document["head"]["cv"]["corrected"]
+    assert estimate["method"] == corrected["method"] == "bootstrap"
+    for name in ("top1_accuracy", "log_loss", "interval"):
+        assert estimate[name] == corrected[name]
+    assert corrected["log_loss"] >= refit.document["head"]["cv"]["log_loss"]
+    assert f"top-1 accuracy {estimate['top1_accuracy']:.3f}" in (refit.run_path / "README.md").read_text()
     assert facts_of(refit)["trained_on"] == ["train", "val"]
     assert not (refit.run_path / "evaluation-val.json").exists()
     weights = [open_run(str(result.run_path)).head().weight for result in (plain, refit)]
     assert not torch.equal(*weights)
+
+
+def test_the_score_of_a_refit_is_by_groups(tmp_path, make_images):
+    folder = make_images(tmp_path / "images", {"a": 8, "b": 8})
+    for path in sorted(folder.rglob("*.png")):
+        shutil.copy(path, path.with_name("copy-" + path.name))
+    interval = run(folder, refit=True).document["metrics"]["cross_validation"]["interval"]
+    assert interval["method"] == "wilson-groups"
+    assert interval["num_groups"] == 16
+
+
+def test_mlp_heads_are_corrected_where_nothing_else_measures_them(folder):
+    options = {"head": "mlp:4", "epochs": 2}
+    assert run(folder, **options).document["head"]["cv"]["corrected"] is None
+    refit = run(folder, refit=True, **options).document
+    assert refit["metrics"]["cross_validation"]["method"] == "nested"
 
 
 def test_copies_of_an_image_and_groups_are_not_divided_by_folds(tmp_path, make_images, monkeypatch):

@@ -70,7 +70,7 @@ def _rows(document: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append((f"{name.replace('_', ' ')} accuracy", accuracy(found)))
     cv = head["cv"]
     if cv and cv["top1_accuracy"] is not None and "cross_validation" not in document["metrics"]:
-        rows.append(("cross-validation", f"{cv['top1_accuracy']:.3f} on {cv['num_samples']} train images"))
+        rows.append(("cross-validation", _cross_validation(cv)))
     if training := document.get("training"):
         if training["probe"] and training["probe"]["val_top1_accuracy"] is not None:
             rows.append(("linear probe before", f"{training['probe']['val_top1_accuracy']:.3f} on val"))
@@ -98,6 +98,14 @@ def _rows(document: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append(("selected on", _selected_on(training)))
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
     return [*rows, ("seconds", f"{seconds['total']:.1f} ({parts})")]
+
+
+def _cross_validation(cv: dict[str, Any]) -> str:
+    text = f"{cv['top1_accuracy']:.3f} on {cv['num_samples']} train images"
+    corrected = cv.get("corrected")
+    if not corrected or corrected["method"] == "cross-validation":
+        return text
+    return f"{text}, {corrected['top1_accuracy']:.3f} corrected for the choice of the head"
 
 
 def _selected_on(training: dict[str, Any]) -> str:

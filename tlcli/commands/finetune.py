@@ -32,7 +32,8 @@ from tlcli.features.plan import (
     read_rows,
 )
 from tlcli.heads.choice import FittedHead
-from tlcli.heads.fit import fit_head, num_heads
+from tlcli.heads.fit import fit_head, held_out_scores, num_heads
+from tlcli.heads.nested import HeldOut
 from tlcli.machine import processes
 from tlcli.machine.versions import versions
 from tlcli.metrics.evaluation import (
@@ -42,7 +43,7 @@ from tlcli.metrics.evaluation import (
     measure,
     no_better_than_majority,
 )
-from tlcli.metrics.intervals import wilson_interval
+from tlcli.metrics.intervals import share_interval
 from tlcli.progress import Progress
 from tlcli.runs.card import model_card
 from tlcli.runs.continuing import check_data, check_options, goes_on, is_done
@@ -278,8 +279,8 @@ def finetune(plan: FinetunePlan, progress: Progress) -> Result:
             head, facts = trained.head, _trained_facts(plan, trained)
             logits = None if trained.logits is None else trained.logits.numpy()
         else:
-            fitted = _fit(plan, train, progress)
-            head, facts = fitted.head, _fitted_facts(config, fitted, train)
+            fitted, held = _fit(plan, train, progress, measured=bool(val.samples))
+            head, facts = fitted.head, _fitted_facts(config, fitted, held, train)
             logits = head_logits(_planned(plan), val, fitted.head) if val.samples else None
             writer.write_lines("metrics.jsonl", _lines(fitted))
         part = "head" if plan.training is None else "training"
@@ -342,13 +343,20 @@ def _planned(plan: FinetunePlan) -> FeaturePlan:
     return plan.features
 
 
-def _fit(plan: FinetunePlan, train: Collection, progress: Progress) -> FittedHead:
+def _fit(
+    plan: FinetunePlan, train: Collection, progress: Progress, *, measured: bool
+) -> tuple[FittedHead, HeldOut | None]:
+    """Return the head, and what it is worth by cross-validation; of MLPs only where nothing else says it."""
     # Copies of an image, and images of one group, must not be divided by a fold.
     rows = read_rows(_planned(plan), train)
-    return fit_head(
+    fitted = fit_head(
         rows.float(), labels_of(train), len(train.dataset.class_names), plan.config,
         groups=groups_of(train), device=plan.extractor.device, progress=progress,
     )  # fmt: skip
+    held = None
+    if not (measured and plan.config.hidden_sizes):
+        held = held_out_scores(fitted, plan.config, progress)
+    return fitted.alone(), held
 
 
 def _facts(plan: FinetunePlan) -> dict[str, Any]:
@@ -418,16 +426,22 @@ def _majority_class(train: Collection) -> int:
     return min(range(len(train.dataset.class_names)), key=lambda label: (-counts[label], label))
 
 
-def _fitted_facts(config: FinetuneConfig, fitted: FittedHead, train: Collection) -> dict[str, Any]:
+def _fitted_facts(
+    config: FinetuneConfig, fitted: FittedHead, held: HeldOut | None, train: Collection
+) -> dict[str, Any]:
     """Return what a head on frozen features is; metrics are cross-validation's, until val is measured."""
+    corrected = None
+    if held is not None:
+        interval = share_interval(held.correct, groups_of(train).numpy()[held.rows])
+        corrected = {**held.document(), "interval": interval.document()}
     head = {
         "kind": config.kind,
         "chosen": fitted.chosen,
-        "cv": fitted.cv,
+        "cv": {**fitted.cv, "corrected": corrected},
         "refit": config.refit,
         "selected_on": "train",
     }
-    return {"head": head, "metrics": _cross_validation(fitted, train)}
+    return {"head": head, "metrics": _cross_validation(corrected, train)}
 
 
 def _trained_facts(plan: FinetunePlan, trained: TrainedBackbone) -> dict[str, Any]:
@@ -450,21 +464,21 @@ def _trained_facts(plan: FinetunePlan, trained: TrainedBackbone) -> dict[str, An
     return {"head": head, "training": training, "metrics": {"val": None}}
 
 
-def _cross_validation(fitted: FittedHead, train: Collection) -> dict[str, Any]:
+def _cross_validation(corrected: dict[str, Any] | None, train: Collection) -> dict[str, Any]:
     """Return the cross-validation estimate, which counts where val was trained on too or is empty."""
-    cv = fitted.cv
-    if not cv.get("num_samples"):
+    if corrected is None:
         return {"val": None}
-    total, accuracy = cv["num_samples"], cv["top1_accuracy"]
     majority = _majority_class(train)
     labels = [sample.label for sample in train.samples]
     return {
         "val": None,
         "cross_validation": {
-            "top1_accuracy": accuracy,
-            "interval": wilson_interval(round(accuracy * total), total).document(),
-            "num_images": total,
+            "top1_accuracy": corrected["top1_accuracy"],
+            "interval": corrected["interval"],
+            "num_images": corrected["num_samples"],
             "majority_baseline": labels.count(majority) / len(labels),
+            "log_loss": corrected["log_loss"],
+            "method": corrected["method"],
         },
     }
 

@@ -1,12 +1,12 @@
 """How one head of a grid is chosen by its held-out rows.
 
 Every grid member is scored by the mean log loss of its held-out rows, which is finer than accuracy (that
-moves
-in steps of 1/N, and on small sets many members tie). The smallest wins, with one preference: a head that
-l2-normalises its input is no plain linear layer, so it gives way to the best head that is one (and that timm
-can load) when that is at most one standard error worse.
+moves in steps of 1/N, and on small sets many members tie). The smallest wins, with one preference: a head
+that l2-normalises its input is no plain linear layer, so it gives way to the best head that is one (and that
+timm can load) when that is at most one standard error worse.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tlcli.heads.head import Head
+from tlcli.heads.task import Task
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class FittedHead:
         table: One dict a grid member: its hyperparameters, `cv_top1_accuracy` and `cv_log_loss`.
         seconds: Wall time of the whole fit.
         curve: For MLP heads one dict an epoch with `epoch`, `train_loss` and `cv_loss`; else empty.
+        trials: What it was chosen by; None where nothing could be held out.
+        task: What it was fitted to.
     """
 
     head: Head
@@ -36,6 +39,12 @@ class FittedHead:
     table: list[dict[str, Any]]
     seconds: float
     curve: list[dict[str, Any]] = field(default_factory=list)
+    trials: "Trials | None" = None
+    task: Task | None = None
+
+    def alone(self) -> "FittedHead":
+        """Return it without what it was fitted to and chosen by, which may be large."""
+        return dataclasses.replace(self, task=None, trials=None)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,10 @@ class Scores:
     log_loss: Tensor
     correct: Tensor
 
+    def take(self, index: Tensor) -> "Scores":
+        """Return the results of the rows at `index`, int64 [K]."""
+        return Scores(self.log_loss[:, index], self.correct[:, index])
+
     def summary(self, member: int) -> dict[str, Any]:
         """Return the means and standard errors of one member."""
         count = self.log_loss.shape[1]
@@ -62,6 +75,21 @@ class Scores:
             "log_loss": float(loss.mean()),
             "log_loss_standard_error": float(loss.std(correction=0)) / count**0.5,
         }
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What a head was chosen by.
+
+    Attributes:
+        scores: Held-out results of M members on N' rows.
+        rows: int64 [N'], which rows of the task these are.
+        foldable: bool [M], whether the member is a plain linear layer on raw features.
+    """
+
+    scores: Scores
+    rows: Tensor
+    foldable: Tensor
 
 
 NO_SCORES: dict[str, Any] = {

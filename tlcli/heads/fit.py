@@ -16,9 +16,11 @@ from torch import Tensor
 from tlcli.config.head import CLOSED_FORM, HeadKind, HeadOptions
 from tlcli.heads.choice import FittedHead
 from tlcli.heads.closed_form import fit_closed_form, num_closed_form
+from tlcli.heads.head import Head
 from tlcli.heads.linear_grid import AUTO_L2, fit_linear
 from tlcli.heads.mlp_grid import AUTO_L2_MLP, fit_mlp
 from tlcli.heads.neighbours_grid import fit_neighbours, num_neighbours
+from tlcli.heads.nested import HeldOut, bootstrapped, nested, only_member
 from tlcli.heads.task import Task, check_features, make_task
 from tlcli.progress import Progress, Silent
 
@@ -30,6 +32,7 @@ FITTERS: dict[HeadKind, Callable[[Task, HeadOptions, Progress], FittedHead]] = {
     "lda": fit_closed_form,
     "ridge": fit_closed_form,
 }
+NESTED_ROWS = 1000  # up to which early stopping's gain is worth training all networks five times more
 
 
 def num_heads(options: HeadOptions) -> int:
@@ -71,7 +74,45 @@ def fit_head(
     started = time.perf_counter()
     check_features(features, labels, num_classes)
     task = make_task(features, labels, num_classes, options, groups, torch.device(device))
-    progress = progress or Silent()
-    fitted = FITTERS[options.kind](task, options, progress)
+    fitted = _choose(task, options, progress or Silent())
     fitted.cv["folds"] = task.num_folds
-    return dataclasses.replace(fitted, seconds=time.perf_counter() - started)
+    return dataclasses.replace(fitted, task=task, seconds=time.perf_counter() - started)
+
+
+def held_out_scores(
+    fitted: FittedHead, options: HeadOptions, progress: Progress | None = None
+) -> HeldOut | None:
+    """Return the cross-validation results of a chosen head, corrected for its having been chosen.
+
+    MLP heads on few rows are chosen and trained anew without each fold, since the epoch they stop at is
+    chosen on held-out rows too; other choices are corrected by the bootstrap of their results (nested.py).
+
+    Args:
+        fitted: From `fit_head`.
+        options: The same as there.
+        progress: Told of folds finished.
+
+    Returns:
+        None where nothing could be held out.
+    """
+    task, trials = fitted.task, fitted.trials
+    if task is None or trials is None:
+        return None
+    progress = progress or Silent()
+    if options.hidden_sizes and len(task.labels) <= NESTED_ROWS:
+        progress.start("cross-validating the choice", task.num_folds, "folds")
+
+        def again(part: Task) -> Head:
+            progress.advance()
+            return _choose(part, options, Silent()).head
+
+        found = nested(task, again)
+        progress.finish()
+        return found
+    if len(trials.scores.log_loss) == 1 and not options.hidden_sizes:
+        return only_member(trials)
+    return bootstrapped(trials, task.groups[trials.rows].cpu().numpy(), options.seed)
+
+
+def _choose(task: Task, options: HeadOptions, progress: Progress) -> FittedHead:
+    return FITTERS[options.kind](task, options, progress)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tlcli.config.head import HeadOptions
-from tlcli.heads.choice import NO_SCORES, FittedHead, Scores, choose_member, finite
+from tlcli.heads.choice import NO_SCORES, FittedHead, Scores, Trials, choose_member, finite
 from tlcli.heads.linear import LinearHead, is_wide, make_basis, make_coordinates, unit_rows
 from tlcli.heads.logistic import TOLERANCE, Solutions, solve
 from tlcli.heads.spaces import Fold, Problems
@@ -46,7 +46,9 @@ def fit_linear(task: Task, options: HeadOptions, progress: Progress) -> FittedHe
             members, scores.correct.double().mean(1), scores.log_loss.mean(1), strict=True
         )
     ]
-    return FittedHead(head, dict(chosen), scores.summary(best), table, 0.0)
+    rows = torch.nonzero((task.folds >= 0) & (task.folds < num_measured))[:, 0]
+    trials = Trials(scores, rows, foldable)
+    return FittedHead(head, dict(chosen), scores.summary(best), table, 0.0, trials=trials)
 
 
 def _penalties(options: HeadOptions) -> tuple[float, ...]:

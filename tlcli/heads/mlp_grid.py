@@ -3,7 +3,7 @@
 import torch
 
 from tlcli.config.head import HeadOptions
-from tlcli.heads.choice import NO_SCORES, FittedHead, Scores, choose_member, finite
+from tlcli.heads.choice import NO_SCORES, FittedHead, Scores, Trials, choose_member, finite
 from tlcli.heads.mlp_stack import Grid, TrainedStack, TrainingRows, train_mlps
 from tlcli.heads.task import Task
 from tlcli.progress import Progress, Silent
@@ -46,7 +46,8 @@ def fit_mlp(task: Task, options: HeadOptions, progress: Progress) -> FittedHead:
         trained.log_loss.view(by_member)[:, held_by, held].double(),
         trained.correct.view(by_member)[:, held_by, held],
     )
-    best = choose_member(scores, torch.ones(len(members), dtype=torch.bool, device=device))
+    trials = Trials(scores, held, torch.ones(len(members), dtype=torch.bool, device=device))
+    best = choose_member(scores, trials.foldable)
     best_epochs = trained.best_epoch.view(len(members), task.num_folds)
     epochs = int(best_epochs.median(1).values[best])
     final = train_mlps(
@@ -64,7 +65,7 @@ def fit_mlp(task: Task, options: HeadOptions, progress: Progress) -> FittedHead:
     ]
     curve = _curve_of(trained, best, len(members), task.num_folds)
     chosen = {**members[best], "epochs": epochs}
-    return FittedHead(final.heads[0], chosen, scores.summary(best), table, 0.0, curve)
+    return FittedHead(final.heads[0], chosen, scores.summary(best), table, 0.0, curve, trials)
 
 
 def _curve_of(trained: TrainedStack, member: int, num_members: int, num_folds: int) -> list[dict[str, float]]:

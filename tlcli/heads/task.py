@@ -26,6 +26,7 @@ class Task:
         row_weights: fp32 [N], from the class weights, mean 1.
         folds: int64 [N], the fold that holds the row out, -1 where it always trains.
         num_folds: How many folds there are; 0 when nothing can be held out.
+        groups: int64 [N], equal for rows that no fold divides.
     """
 
     features: Tensor
@@ -35,6 +36,7 @@ class Task:
     row_weights: Tensor
     folds: Tensor
     num_folds: int
+    groups: Tensor
 
     def targets(self) -> Tensor:
         """Return the smoothed one-hot columns, fp32 [C, N]."""
@@ -105,6 +107,7 @@ def make_task(
         per_class[labels.long().cpu()].to(device),
         torch.from_numpy(folds).to(device),
         num_folds,
+        torch.from_numpy(groups_array).to(device),
     )
 
 

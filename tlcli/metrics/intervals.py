@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tlcli.metrics.groups import NORMAL_QUANTILE_95, BoolArray, Dependence, IntArray, dependence
+from tlcli.metrics.groups import NORMAL_QUANTILE_95, BoolArray, Dependence, FloatArray, IntArray, dependence
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,20 @@ class Interval:
         return found if self.num_groups is None else {**found, "num_groups": self.num_groups}
 
 
-def share_interval(right: BoolArray, groups: IntArray | None = None) -> Interval:
+def share_interval(right: BoolArray | FloatArray, groups: IntArray | None = None) -> Interval:
     """Return the 95 % interval of a share of images, such as an accuracy.
 
     Wilson's, of the effective number of images where they come in groups (`groups.py`); it is then never
     narrower than that of as many independent images.
 
     Args:
-        right: bool [N], N >= 1.
+        right: bool [N], N >= 1; or fp64 [N] in [0, 1], the share of several answers that are right.
         groups: int64 [N], equal for images that depend on each other; None where none do.
     """
     total, share = len(right), float(right.mean()) if len(right) else 0.0
-    found = dependence(right.astype(np.float64) - share, right, groups)
-    if found.num_groups is None:
-        return wilson_interval(int(right.sum()), total)
+    found = dependence(right.astype(np.float64) - share, right >= 0.5, groups)
+    if found.num_groups is None and total:
+        return Interval(*wilson(share, total), "wilson")
     low, high = wilson(share, total / found.design_effect, found.quantile)
     return Interval(low, high, "wilson-groups", found.num_groups)
 

@@ -26,6 +26,7 @@ def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Frozen part", ((run.get("recipe") or {}).get("caching") or {}).get("reason")),
         ("Head", _plain({"kind": head.get("kind"), **(head.get("chosen") or {})})),
         ("Cross-validation in train", _plain(head.get("cv") or {})),
+        ("Corrected for the choice of the head", _plain((head.get("cv") or {}).get("corrected") or {})),
         ("Preprocessing", _plain(run.get("preprocess") or {})),
         ("Device", _because(device.get("name"), device.get("reason"))),
         ("Compute type", _because(dtype.get("name"), dtype.get("reason"))),

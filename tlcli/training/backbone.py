@@ -378,4 +378,4 @@ def _fit_probe(
     return fit_head(
         features, labels_of(part), len(part.dataset.class_names), options, groups=groups_of(part),
         progress=progress,
-    )  # fmt: skip
+    ).alone()  # fmt: skip
