@@ -25,7 +25,10 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+import torch
 
+from tlcli.config.head import HeadOptions
+from tlcli.heads.fit import fit_head, held_out_scores
 from tlcli.metrics.intervals import Interval, difference_interval, share_interval, wilson_interval
 from tlcli.metrics.macro_f1 import macro_f1_interval
 from tlcli.metrics.scores import confusion_matrix
@@ -190,10 +193,52 @@ def macro_group_intervals(
     return macro_f1_interval(confusion), macro_f1_interval(confusion, labels, named, groups)
 
 
+# ---- chosen heads ------------------------------------------------------------------------------------------
+
+
+def chosen_table(simulations: int) -> None:
+    """Print the bias of a chosen head's scores on random labels, the mean over data sets with its error."""
+    names = ("loss: cross-validation", "loss: corrected", "accuracy: cross-validation", "accuracy: corrected")
+    head("head", "rows, classes", "data sets", "loss of the head", *names)
+    for kind, (total, count) in product(
+        ("linear", "mlp:64"), ((40, 2), (40, 5), (100, 2), (100, 5), (300, 2))
+    ):
+        data_sets = max(2, simulations // (100 if kind == "linear" else 200))
+        found = np.array([chosen_scores(kind, total, count, seed) for seed in range(data_sets)])
+        error = found.std(0) / len(found) ** 0.5
+        cells = [f"{mean:+.4f} ± {one:.4f}" for mean, one in zip(found.mean(0), error, strict=True)][1:]
+        row(kind, f"{total}, {count}", data_sets, f"{found[:, 0].mean():.3f}", *cells)
+
+
+def chosen_scores(kind: str, total: int, count: int, seed: int, width: int = 64) -> tuple[float, ...]:
+    """Choose a head for random labels; return its loss on fresh rows, and by how much its scores are off.
+
+    Every class has as many rows. The truth is known: an accuracy of 1 / classes, and the mean over all labels
+    of the loss on fresh rows.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    features, fresh = torch.randn(total, width, generator=draw), torch.randn(4000, width, generator=draw)
+    labels = torch.randperm(total, generator=draw) % count
+    options = HeadOptions() if kind == "linear" else HeadOptions(head=kind)
+    fitted = fit_head(features, labels, count, options)
+    corrected = held_out_scores(fitted, options)
+    assert corrected is not None
+    loss = float(-fitted.head.logits(fresh).double().log_softmax(1).mean())
+    means = corrected.document()
+    return (
+        loss,
+        fitted.cv["log_loss"] - loss,
+        means["log_loss"] - loss,
+        fitted.cv["top1_accuracy"] - 1 / count,
+        means["top1_accuracy"] - 1 / count,
+    )
+
+
 TABLES: dict[str, tuple[Callable[[int], None], ...]] = {
     "groups": (groups_table,),
     "pairs": (pairs_table,),
     "macro": (macro_table, macro_groups_table),
+    "chosen": (chosen_table,),
 }
 
 
@@ -202,10 +247,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--simulations", type=int, default=10_000, help="for each row of a table")
+    parser.add_argument(
+        "--simulations", type=int, default=10_000, help="for each row of a table; of chosen heads 1 in 100"
+    )
     parser.add_argument("--quick", action="store_true", help="1 in 50 of the simulations")
     parser.add_argument("--only", choices=sorted(TABLES), help="one of the tables")
     given = parser.parse_args()
+    torch.set_num_threads(1)
     for name, tables in TABLES.items():
         if given.only in (None, name):
             for table in tables:
