@@ -8,7 +8,7 @@ from tlcli.config.head import HeadOptions
 from tlcli.heads.choice import Scores, Trials
 from tlcli.heads.fit import fit_head, held_out_scores
 from tlcli.heads.linear import LinearHead
-from tlcli.heads.nested import RESAMPLES, bootstrapped, nested, without
+from tlcli.heads.nested import RESAMPLES, bootstrapped, nested, outer_folds, part_of
 from tlcli.heads.task import make_task
 
 CPU = torch.device("cpu")
@@ -96,9 +96,10 @@ def test_nested_measures_each_row_once_by_a_head_that_never_saw_its_fold():
 
     found = nested(task, fit)
     assert sorted(found.rows.tolist()) == list(range(60))
-    assert len(kept) == task.num_folds == 5
+    folds, num_folds = outer_folds(task)
+    assert len(kept) == num_folds == 10
     for row in found.rows:
-        assert tuple(task.features[row].tolist()) not in kept[int(task.folds[row])]
+        assert tuple(task.features[row].tolist()) not in kept[int(folds[row])]
     logits = task.features[torch.from_numpy(found.rows), :3].double()
     labels = task.labels[torch.from_numpy(found.rows)]
     np.testing.assert_allclose(
@@ -110,10 +111,11 @@ def test_nested_measures_each_row_once_by_a_head_that_never_saw_its_fold():
 def test_rows_that_always_train_stay_in_every_part():
     labels = torch.tensor([0] * 10 + [1] * 10 + [2])
     task = make_task(torch.randn(21, 4), labels, 3, HeadOptions(), None, CPU)
-    for fold in range(task.num_folds):
-        part = without(task, fold)
+    folds, num_folds = outer_folds(task)
+    for fold in range(num_folds):
+        part = part_of(task, folds != fold, fold)
         assert 2 in part.labels
-        assert len(part.labels) == 21 - int((task.folds == fold).sum())
+        assert len(part.labels) == 21 - int((folds == fold).sum())
         assert part.num_folds > 1
 
 

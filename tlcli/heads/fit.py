@@ -20,7 +20,7 @@ from tlcli.heads.head import Head
 from tlcli.heads.linear_grid import AUTO_L2, fit_linear
 from tlcli.heads.mlp_grid import AUTO_L2_MLP, fit_mlp
 from tlcli.heads.neighbours_grid import fit_neighbours, num_neighbours
-from tlcli.heads.nested import HeldOut, bootstrapped, nested, only_member
+from tlcli.heads.nested import HeldOut, bootstrapped, nested, only_member, outer_folds
 from tlcli.heads.task import Task, check_features, make_task
 from tlcli.progress import Progress, Silent
 
@@ -32,7 +32,7 @@ FITTERS: dict[HeadKind, Callable[[Task, HeadOptions, Progress], FittedHead]] = {
     "lda": fit_closed_form,
     "ridge": fit_closed_form,
 }
-NESTED_ROWS = 1000  # up to which early stopping's gain is worth training all networks five times more
+NESTED_ROWS = 1000  # up to which early stopping's gain is worth training all networks several times
 
 
 def num_heads(options: HeadOptions) -> int:
@@ -100,7 +100,7 @@ def held_out_scores(
         return None
     progress = progress or Silent()
     if options.hidden_sizes and len(task.labels) <= NESTED_ROWS:
-        progress.start("cross-validating the choice", task.num_folds, "folds")
+        progress.start("cross-validating the choice", outer_folds(task)[1], "folds")
 
         def again(part: Task) -> Head:
             progress.advance()

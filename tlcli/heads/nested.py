@@ -19,12 +19,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tlcli.data.folds import assign_folds
 from tlcli.heads.choice import Scores, Trials, choose_member
 from tlcli.heads.head import Head
 from tlcli.heads.task import Task
 
+FEW_ROWS = 200  # up to which a part must keep nine tenths of them: with four fifths, heads are clearly worse
+OUTER_FOLDS = (10, 5)  # with few rows, and with more
 RESAMPLES = 200  # of the bootstrap; a row is out of 37 % of them
 Method = Literal["nested", "bootstrap", "cross-validation"]
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
@@ -64,10 +67,11 @@ def nested(task: Task, fit: Callable[[Task], Head]) -> HeldOut:
         task: Has folds.
         fit: Chooses and trains a head on the rows of a task, and looks at no others.
     """
+    folds, num_folds = outer_folds(task)
     rows, correct, losses = [], [], []
-    for fold in range(task.num_folds):
-        inside = torch.nonzero(task.folds == fold)[:, 0]
-        head = fit(without(task, fold))
+    for fold in range(num_folds):
+        inside = torch.nonzero(folds == fold)[:, 0]
+        head = fit(part_of(task, folds != fold, fold))
         logits = head.logits(task.features[inside.to(task.features.device)].cpu()).double()
         labels = task.labels[inside].cpu()
         rows.append(inside.cpu())
@@ -81,11 +85,18 @@ def nested(task: Task, fit: Callable[[Task], Head]) -> HeldOut:
     )
 
 
-def without(task: Task, fold: int) -> Task:
-    """Return the task of the rows outside a fold, with folds of its own."""
-    kept = torch.nonzero(task.folds != fold)[:, 0]
+def outer_folds(task: Task) -> tuple[Tensor, int]:
+    """Return the fold of each row, int64 [N] with -1 where it always trains, and how many folds there are."""
+    wanted = OUTER_FOLDS[len(task.labels) > FEW_ROWS]
+    folds, num_folds = assign_folds(task.labels.cpu().numpy(), task.groups.cpu().numpy(), wanted, 0)
+    return torch.from_numpy(folds).to(task.labels.device), num_folds
+
+
+def part_of(task: Task, kept: Tensor, seed: int) -> Task:
+    """Return the task of the rows in `kept` bool [N], with folds of its own."""
+    kept = torch.nonzero(kept)[:, 0]
     labels, groups = task.labels[kept], task.groups[kept]
-    folds, num_folds = assign_folds(labels.cpu().numpy(), groups.cpu().numpy(), task.num_folds, fold)
+    folds, num_folds = assign_folds(labels.cpu().numpy(), groups.cpu().numpy(), task.num_folds, seed)
     return replace(
         task,
         features=task.features[kept.to(task.features.device)],
