@@ -46,6 +46,7 @@ CODES = {
     # training
     "no_pretraining": "training from scratch gives up what pretraining learnt",
     "head_stopped_short": "the optimiser of the chosen head stopped before it had converged",
+    "penalty_at_edge": "the chosen head has the smallest or largest l2 that was tried",
     "checkpoint_skipped": "a damaged checkpoint is skipped",
     "below_probe": "the trained network does worse than the linear probe it started from",
     "below_earlier": "a run that went on does worse than before",

@@ -14,6 +14,8 @@ from tlcli.heads.choice import Scores, choose_member
 from tlcli.heads.fit import fit_head
 from tlcli.heads.head import head_from_state
 from tlcli.heads.linear import LinearHead
+from tlcli.heads.linear_grid import AUTO_L2
+from tlcli.warned import collected
 
 
 @pytest.mark.parametrize("factor", [1e-4, 1e4])
@@ -238,15 +240,73 @@ def test_blocks_and_batches_change_no_result(monkeypatch, name, value):
         torch.testing.assert_close(two, one, atol=5e-3, rtol=5e-3)
 
 
-def test_large_work_is_thinned_and_says_so(monkeypatch, caplog):
+def test_large_work_is_thinned_keeps_both_ends_and_says_what_it_drops(monkeypatch, caplog):
     features, labels = make()
-    monkeypatch.setattr("tlcli.heads.linear_grid.CPU_BUDGET", 1e8)
-    with caplog.at_level(logging.INFO, "tlcli"):
-        fitted = fit_head(features, labels, 3, HeadOptions())
-    assert len(fitted.table) in {12, 24}
-    assert f"tries {len(fitted.table) // 3} of 16 l2 values" in caplog.text
+    for budget, count in ((1e8, 6), (5e7, 4)):
+        monkeypatch.setattr("tlcli.heads.linear_grid.CPU_BUDGET", budget)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "tlcli"):
+            fitted = fit_head(features, labels, 3, HeadOptions())
+        tried = sorted({row["l2"] for row in fitted.table})
+        assert len(tried) == count
+        assert tried[0] == AUTO_L2[0]
+        assert tried[-1] == AUTO_L2[-1]
+        dropped = [value for value in AUTO_L2 if value not in tried]
+        assert f"tries {count} of 16 l2 values, without " in caplog.text
+        assert ", ".join(f"{value:.2g}" for value in dropped) in caplog.text
     fixed = fit_head(features, labels, 3, HeadOptions(l2="0.01,0.02,0.1"))
     assert len(fixed.table) == 9
+
+
+def test_the_grid_goes_on_where_its_smallest_l2_is_best(caplog):
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(100, 48, generator=generator)
+    labels = torch.arange(700) % 100
+    features = centres[labels] + 0.8 * torch.randn(700, 48, generator=generator)
+    with caplog.at_level(logging.INFO, "tlcli"):
+        fitted = fit_head(features, labels, 100, HeadOptions(scaling="plain"))
+    tried = sorted(row["l2"] for row in fitted.table)
+    assert len(tried) > 16
+    assert tried[0] < 1e-4
+    assert "is at the end of the grid: it goes on to" in caplog.text
+    assert tried[0] <= fitted.chosen["l2"] < 1e-4
+    assert "penalty_at_edge" not in caplog.text
+    assert fitted.cv["log_loss"] == min(row["cv_log_loss"] for row in fitted.table)
+
+
+def test_a_penalty_at_the_edge_of_a_given_grid_is_told():
+    features, labels = make()
+    with collected() as warnings:
+        fit_head(features, labels, 3, HeadOptions(l2="1,10"))
+        fit_head(features, labels, 3, HeadOptions(l2="0.1"))
+    assert [warning["code"] for warning in warnings] == ["penalty_at_edge"]
+    assert "smallest that was tried" in warnings[0]["message"]
+    assert "--l2 1e-02,1e-01,1" in warnings[0]["message"]
+
+
+def test_l2_0_is_its_limit_and_says_so(caplog):
+    features, labels = make(60, 100, 3)
+    with caplog.at_level(logging.INFO, "tlcli"):
+        fitted = fit_head(features, labels, 3, HeadOptions(l2="0"))
+    assert "it is the limit, l2 1e-08" in caplog.text
+    assert fitted.chosen["l2"] == 1e-8
+    limit = fit_head(features, labels, 3, HeadOptions(l2="1e-8"))
+    assert fitted.table == limit.table
+    assert fitted.cv["top1_accuracy"] > 0.5
+
+
+def test_class_weights_choose_by_the_weighted_loss_and_report_both():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.cat([torch.full((270,), 0), torch.full((18,), 1), torch.full((12,), 2)])
+    centres = torch.randn(3, 64, generator=generator)
+    features = 0.35 * centres[labels] + torch.randn(300, 64, generator=generator)
+    fitted = fit_head(features, labels, 3, HeadOptions(class_weights="balanced"))
+    losses = [row["cv_weighted_log_loss"] for row in fitted.table if row["scaling"] != "l2-normalised"]
+    assert fitted.cv["weighted_log_loss"] <= min(losses) + 1e-9 or fitted.chosen["scaling"] == "l2-normalised"
+    assert fitted.cv["weighted_log_loss"] > fitted.cv["log_loss"]
+    plain = fit_head(features, labels, 3, HeadOptions())
+    assert "weighted_log_loss" not in plain.cv
+    assert "cv_weighted_log_loss" not in plain.table[0]
 
 
 def test_a_head_that_diverged_never_wins():

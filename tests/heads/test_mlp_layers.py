@@ -165,10 +165,12 @@ def trained_plainly(rows, member, options, epochs):
             optimiser.step()
             total, weight = total + float(loss.detach() * counts.sum()), weight + float(counts.sum())
         with torch.no_grad():
+            held_share = rows.row_weights[rows.folds == fold]
+            held_share = held_share / held_share.sum()
             held_out = functional.cross_entropy(logits(inputs), rows.labels, reduction="none")[
                 rows.folds == fold
             ]
-        curves.append((total / weight, float(held_out.mean())))
+        curves.append((total / weight, float(held_out @ held_share)))
     return torch.tensor(curves)
 
 

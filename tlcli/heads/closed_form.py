@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from tlcli.config.head import HeadOptions
-from tlcli.heads.choice import NO_SCORES, FittedHead, Scores, choose_member, finite
+from tlcli.heads.choice import NO_SCORES, FittedHead, Scores, Trials, choose_member
 from tlcli.heads.discriminants import Discriminants, Ridge, Scorer, nearest_directions, nearest_means
 from tlcli.heads.linear import LinearHead
 from tlcli.heads.scaled import FoldSums, Scaled, scale
@@ -68,18 +68,16 @@ def fit_closed_form(task: Task, options: HeadOptions, progress: Progress) -> Fit
             results.append(result)
             progress.advance(1)
     progress.finish()
-    scores = Scores(*(torch.stack(found) for found in zip(*results, strict=True)))
+    rows = torch.nonzero((task.folds >= 0) & (task.folds < num_measured))[:, 0]
+    loss, correct = (torch.stack(found) for found in zip(*results, strict=True))
+    scores = Scores(loss, correct, task.held_out_weights(rows))
     foldable = torch.tensor([member["scaling"] != "l2-normalised" for member in members])
     best = choose_member(scores, foldable.to(scores.log_loss.device))
-    table = [
-        {**member, "cv_top1_accuracy": float(accuracy), "cv_log_loss": finite(loss)}
-        for member, accuracy, loss in zip(
-            members, scores.correct.double().mean(1), scores.log_loss.mean(1), strict=True
-        )
-    ]
+    table = scores.table(members)
     scaled = every[members[best]["scaling"]]
     head = _final(scaled, _solved(task, scaled, members[best], sums, kind), members[best], task)
-    return FittedHead(head, members[best], scores.summary(best), table, 0.0)
+    trials = Trials(scores, rows, foldable)
+    return FittedHead(head, members[best], scores.summary(best), table, 0.0, trials=trials)
 
 
 def num_closed_form(options: HeadOptions) -> int:

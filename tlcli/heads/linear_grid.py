@@ -6,22 +6,27 @@ import torch
 from torch import Tensor
 
 from tlcli.config.head import HeadOptions
-from tlcli.heads.choice import NO_SCORES, FittedHead, Scores, Trials, choose_member, finite
+from tlcli.heads.choice import NO_SCORES, FittedHead, Scores, Trials, choose_member
 from tlcli.heads.linear import LinearHead, is_wide, make_basis, make_coordinates, unit_rows
 from tlcli.heads.logistic import TOLERANCE, Solutions, solve
 from tlcli.heads.spaces import Fold, Problems
 from tlcli.heads.task import Task
-from tlcli.progress import Progress
+from tlcli.progress import Progress, Silent
 from tlcli.warned import warn
 
 logger = logging.getLogger(__name__)
 
 AUTO_L2 = tuple(10.0 ** (step / 3) for step in range(-12, 4))  # 1e-4 ... 10, three a decade
 SMALLEST_L2 = 1e-8  # what 0 stands for: the limit that can still be told from 0
+LEAST_L2, MOST_L2 = 1e-6, 1e3  # to which the grid goes on where the best l2 is at its end
+MOST_STEPS = 3  # of a decade each
+NEAR_ZERO_LOSS = 0.02  # nats below which a smaller penalty gains nothing
 FALLBACK_L2 = 0.1  # where nothing can be held out; on the strong side, for data so small
 TIGHT = TOLERANCE / 8  # of the chosen head, and of every head on few rows, where it costs nothing
 FEW_OUTPUTS = 1 << 11  # rows x classes that count as few
 CPU_BUDGET = 1e14  # floating-point operations: about a quarter of an hour on two cores
+
+Member = dict[str, object]  # `scaling` and `l2`
 
 
 def fit_linear(task: Task, options: HeadOptions, progress: Progress) -> FittedHead:
@@ -32,23 +37,25 @@ def fit_linear(task: Task, options: HeadOptions, progress: Progress) -> FittedHe
         chosen = {"scaling": "plain", "l2": value}
         return FittedHead(_solve_one(task, "plain", value), chosen, dict(NO_SCORES), [], 0.0)
     l2, num_measured = _affordable(task, l2, fixed=options.l2 != "auto")
-    members = [{"scaling": scaling, "l2": value} for scaling in options.scalings for value in l2]
-    progress.start("cross-validating heads", len(members), "heads")
+    progress.start("cross-validating heads", len(l2) * len(options.scalings), "heads")
     scores = cross_validate(task, options.scalings, l2, num_measured, progress)
+    members = [{"scaling": scaling, "l2": value} for scaling in options.scalings for value in l2]
+    best = choose_member(scores, _foldable(members, scores))
+    if options.l2 == "auto":
+        members, scores, best = _extended(task, members, scores, best, num_measured)
     progress.finish()
-    foldable = torch.tensor([member["scaling"] != "l2-normalised" for member in members])
-    best = choose_member(scores, foldable.to(scores.log_loss.device))
     chosen = members[best]
+    _warn_at_edge(members, scores, best)
     head = _solve_one(task, str(chosen["scaling"]), float(str(chosen["l2"])))
-    table = [
-        {**member, "cv_top1_accuracy": float(accuracy), "cv_log_loss": finite(loss)}
-        for member, accuracy, loss in zip(
-            members, scores.correct.double().mean(1), scores.log_loss.mean(1), strict=True
-        )
-    ]
     rows = torch.nonzero((task.folds >= 0) & (task.folds < num_measured))[:, 0]
-    trials = Trials(scores, rows, foldable)
-    return FittedHead(head, dict(chosen), scores.summary(best), table, 0.0, trials=trials)
+    trials = Trials(scores, rows, _foldable(members, scores))
+    return FittedHead(head, dict(chosen), scores.summary(best), scores.table(members), 0.0, trials=trials)
+
+
+def _foldable(members: list[Member], scores: Scores) -> Tensor:
+    """Return bool [M], whether a member is a plain linear layer on raw features."""
+    plain = [member["scaling"] != "l2-normalised" for member in members]
+    return torch.tensor(plain, device=scores.log_loss.device)
 
 
 def _penalties(options: HeadOptions) -> tuple[float, ...]:
@@ -59,28 +66,72 @@ def _penalties(options: HeadOptions) -> tuple[float, ...]:
     return tuple(dict.fromkeys(max(value, SMALLEST_L2) for value in given))
 
 
+def _extended(
+    task: Task, members: list[Member], scores: Scores, best: int, num_measured: int
+) -> tuple[list[Member], Scores, int]:
+    """Extend the grid of the chosen scaling as long as its best l2 lies at an end, in steps of a decade.
+
+    Many classes need penalties below the usual grid. A log loss that is small already is left alone: no
+    smaller penalty is worth its time.
+    """
+    for _ in range(MOST_STEPS):
+        scaling, l2 = str(members[best]["scaling"]), float(str(members[best]["l2"]))
+        tried = [float(str(member["l2"])) for member in members if member["scaling"] == scaling]
+        if l2 not in (min(tried), max(tried)) or float(scores.mean_loss()[best]) < NEAR_ZERO_LOSS:
+            break
+        towards = -1 if l2 == min(tried) else 1
+        more = tuple(l2 * 10.0 ** (towards * step / 3) for step in (1, 2, 3))
+        more = tuple(value for value in more if LEAST_L2 * 0.99 < value < MOST_L2 * 1.01)
+        if not more:
+            break
+        text = "the best l2 of scaling %s, %.3g, is at the end of the grid: it goes on to %.3g"
+        logger.info(text, scaling, l2, more[-1])
+        found = cross_validate(task, (scaling,), more, num_measured, Silent())
+        members = [*members, *({"scaling": scaling, "l2": value} for value in more)]
+        scores = Scores(
+            torch.cat([scores.log_loss, found.log_loss]),
+            torch.cat([scores.correct, found.correct]),
+            scores.weights,
+        )
+        best = choose_member(scores, _foldable(members, scores))
+    return members, scores, best
+
+
+def _warn_at_edge(members: list[Member], scores: Scores, best: int) -> None:
+    """Warn where a penalty was chosen beyond which none was tried."""
+    scaling, l2 = members[best]["scaling"], float(str(members[best]["l2"]))
+    tried = [float(str(member["l2"])) for member in members if member["scaling"] == scaling]
+    if len(tried) == 1 or l2 not in (min(tried), max(tried)):
+        return
+    if float(scores.mean_loss()[best]) < NEAR_ZERO_LOSS:
+        return
+    end, factor = ("smallest", 0.1) if l2 == min(tried) else ("largest", 10.0)
+    beyond = ",".join(f"{l2 * factor**step:.0e}" for step in (2, 1))
+    text = f"the best l2, {l2:.3g}, is the {end} that was tried; one beyond it may be better:"
+    warn("penalty_at_edge", f"{text} --l2 {beyond},{l2:.3g}")
+
+
 def _affordable(task: Task, l2: tuple[float, ...], *, fixed: bool) -> tuple[tuple[float, ...], int]:
     """Return the l2 values and the number of folds to measure that fit the budget of work.
 
     A product costs 2 N r C operations, an iteration two products, a problem about 10 iterations. When the
-    whole grid would take too long, every second, then every fourth l2 is tried, then fewer folds.
+    whole grid would take too long, every third l2 is tried, then every fifth, both ends among them, then
+    fewer folds.
     """
     num_rows, width = task.features.shape
     each = 10 * 4.0 * num_rows * min(num_rows, width) * task.num_classes * 3
     budget = CPU_BUDGET * (1 if task.features.device.type == "cpu" else 100)
-    for stride, folds in ((1, task.num_folds), (2, task.num_folds), (4, task.num_folds), (4, 2), (4, 1)):
-        few = l2 if fixed else l2[::-stride][::-1]
+    for stride, folds in ((1, task.num_folds), (3, task.num_folds), (5, task.num_folds), (5, 2), (5, 1)):
+        few = l2 if fixed else l2[::stride]
         folds = min(folds, task.num_folds)
         if len(few) * folds * each <= budget:
             break
-    if len(few) < len(l2) or folds < task.num_folds:
-        logger.info(
-            "large data: cross-validation tries %d of %d l2 values on %d of %d folds",
-            len(few),
-            len(l2),
-            folds,
-            task.num_folds,
-        )
+    if len(few) < len(l2):
+        dropped = ", ".join(f"{value:.2g}" for value in l2 if value not in few)
+        text = "large data: cross-validation tries %d of %d l2 values, without %s"
+        logger.info(text, len(few), len(l2), dropped)
+    if folds < task.num_folds:
+        logger.info("large data: cross-validation holds out %d of %d folds", folds, task.num_folds)
     return few, folds
 
 
@@ -117,7 +168,7 @@ def cross_validate(
             loss[index][:, inside] = losses.double()
             correct[index][:, inside] = outputs.argmax(1) == labels
         progress.advance(len(l2) * len(group))
-    return Scores(loss.flatten(0, 1), correct.flatten(0, 1))
+    return Scores(loss.flatten(0, 1), correct.flatten(0, 1), task.held_out_weights(rows))
 
 
 def scaled_rows(task: Task, scaling: str) -> Tensor:

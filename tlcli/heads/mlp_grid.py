@@ -3,7 +3,7 @@
 import torch
 
 from tlcli.config.head import HeadOptions
-from tlcli.heads.choice import NO_SCORES, FittedHead, Scores, Trials, choose_member, finite
+from tlcli.heads.choice import NO_SCORES, FittedHead, Scores, Trials, choose_member
 from tlcli.heads.mlp_stack import Grid, TrainedStack, TrainingRows, train_mlps
 from tlcli.heads.task import Task
 from tlcli.progress import Progress, Silent
@@ -45,6 +45,7 @@ def fit_mlp(task: Task, options: HeadOptions, progress: Progress) -> FittedHead:
     scores = Scores(
         trained.log_loss.view(by_member)[:, held_by, held].double(),
         trained.correct.view(by_member)[:, held_by, held],
+        task.held_out_weights(held),
     )
     trials = Trials(scores, held, torch.ones(len(members), dtype=torch.bool, device=device))
     best = choose_member(scores, trials.foldable)
@@ -53,16 +54,8 @@ def fit_mlp(task: Task, options: HeadOptions, progress: Progress) -> FittedHead:
     final = train_mlps(
         rows, _mlp_grid([members[best]], [-2], device), options, epochs=epochs, progress=Silent()
     )
-    table = [
-        {**member, "epochs": int(count), "cv_top1_accuracy": float(accuracy), "cv_log_loss": finite(loss)}
-        for member, count, accuracy, loss in zip(
-            members,
-            best_epochs.median(1).values,
-            scores.correct.double().mean(1),
-            scores.log_loss.mean(1),
-            strict=True,
-        )
-    ]
+    counts = best_epochs.median(1).values.tolist()
+    table = scores.table([{**member, "epochs": count} for member, count in zip(members, counts, strict=True)])
     curve = _curve_of(trained, best, len(members), task.num_folds)
     chosen = {**members[best], "epochs": epochs}
     return FittedHead(final.heads[0], chosen, scores.summary(best), table, 0.0, curve, trials)

@@ -72,7 +72,7 @@ class TrainedStack:
         log_loss: fp32 [P, N] at the best epoch; only a network's held-out rows mean anything.
         correct: bool [P, N], likewise.
         train_loss: fp32 [E, P], NaN after a network has stopped.
-        held_out_loss: fp32 [E, P], likewise.
+        held_out_loss: fp32 [E, P], likewise; of rows as the classes weigh.
         heads: The networks after the last epoch, on the CPU; only when nothing was held out.
     """
 
@@ -214,6 +214,8 @@ class _Stack:
         best_epoch = torch.full((count,), epochs, device=self.device)
         log_loss = torch.zeros(count, len(self.held), device=self.device)
         correct = torch.zeros(count, len(self.held), dtype=torch.bool, device=self.device)
+        held_share = self.rows.row_weights[self.held]
+        held_share = held_share / held_share.sum()
         curves = torch.full((2, epochs, count), math.nan, device=self.device)
         for epoch in range(1, epochs + 1):
             train_loss = self._epoch(epoch)
@@ -221,7 +223,7 @@ class _Stack:
             if not len(self.held):
                 continue
             row_loss, row_correct = self._evaluate()
-            loss = row_loss.mean(1)
+            loss = row_loss @ held_share
             curves[1, epoch - 1, place] = loss
             better = loss < best_loss[place] - MIN_GAIN
             best_loss[place[better]] = loss[better]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tlcli.config.head import HeadOptions
-from tlcli.heads.choice import NO_SCORES, FittedHead, Scores, choose_member, finite
+from tlcli.heads.choice import NO_SCORES, FittedHead, Scores, Trials, choose_member
 from tlcli.heads.neighbours import NeighboursHead, nearest, stored_rows, vote_weights
 from tlcli.heads.task import Task
 from tlcli.progress import Progress
@@ -64,16 +64,13 @@ def fit_neighbours(task: Task, options: HeadOptions, progress: Progress) -> Fitt
         results.append(_result(member, weights, asked[:, :count], labels, prior))
         progress.advance(1)
     progress.finish()
-    scores = Scores(*(torch.stack(found) for found in zip(*results, strict=True)))
-    best = choose_member(scores, torch.ones(len(members), dtype=torch.bool, device=labels.device))
-    table = [
-        {**member, "cv_top1_accuracy": float(accuracy), "cv_log_loss": finite(loss)}
-        for member, accuracy, loss in zip(
-            members, scores.correct.double().mean(1), scores.log_loss.mean(1), strict=True
-        )
-    ]
+    loss, correct = (torch.stack(found) for found in zip(*results, strict=True))
+    scores = Scores(loss, correct, task.held_out_weights(queries))
+    trials = Trials(scores, queries, torch.ones(len(members), dtype=torch.bool, device=labels.device))
+    best = choose_member(scores, trials.foldable)
+    table = scores.table(members)
     head = _head(rows, task, members[best])
-    return FittedHead(head, dict(members[best]), scores.summary(best), table, 0.0)
+    return FittedHead(head, dict(members[best]), scores.summary(best), table, 0.0, trials=trials)
 
 
 def _head(rows: Tensor, task: Task, member: dict[str, Any]) -> NeighboursHead:

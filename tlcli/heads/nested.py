@@ -101,7 +101,6 @@ def part_of(task: Task, kept: Tensor, seed: int) -> Task:
         task,
         features=task.features[kept.to(task.features.device)],
         labels=labels,
-        targets=task.targets[:, kept].contiguous(),
         row_weights=task.row_weights[kept],
         groups=groups,
         folds=torch.from_numpy(folds).to(labels.device),
@@ -121,7 +120,8 @@ def bootstrapped(trials: Trials, groups: IntArray, seed: int) -> HeldOut:
     """
     loss, correct = trials.scores.log_loss.cpu(), trials.scores.correct.cpu()
     foldable = trials.foldable.cpu()
-    scores = Scores(loss, correct)
+    weights = trials.scores.weights
+    scores = Scores(loss, correct, None if weights is None else weights.cpu())
     names, of = np.unique(groups, return_inverse=True)
     draw = np.random.default_rng(seed)
     count = np.zeros(loss.shape[1])

@@ -38,6 +38,11 @@ class Task:
     num_folds: int
     groups: Tensor
 
+    def held_out_weights(self, rows: Tensor) -> Tensor | None:
+        """Return how much rows [N] count where heads are compared, fp64; None where all do alike."""
+        weights = self.row_weights[rows].double()
+        return None if bool((weights == weights[0]).all()) else weights
+
     def targets(self) -> Tensor:
         """Return the smoothed one-hot columns, fp32 [C, N]."""
         shape = (self.num_classes, len(self.labels))
