@@ -42,8 +42,8 @@ VOLATILE = {
     *("plan", "features_seconds", "environments", "cached"),
     "method",  # of an interval: that of macro F1 is another one since
 }
-# Intervals of a method that held less often than it said, and what heads on few images are worth: theirs stopped
-# short of the penalty that they named.
+# Intervals of a method that held less often than it said, and what heads on few images are worth: they
+# stopped short of the penalty that they named.
 REPLACED = {"macro_f1_interval", "cv", "log_loss", "expected_calibration_error"}
 
 
