@@ -46,6 +46,9 @@ CODES = {
     # training
     "no_pretraining": "training from scratch gives up what pretraining learnt",
     "head_stopped_short": "the optimiser of the chosen head stopped before it had converged",
+    "unmeasured_head": "too few images to hold any out: the head's hyperparameters are defaults",
+    "constant_features": "all training images have the same features",
+    "one_class": "all training images are of one class",
     "penalty_at_edge": "the chosen head has the smallest or largest l2 that was tried",
     "checkpoint_skipped": "a damaged checkpoint is skipped",
     "below_probe": "the trained network does worse than the linear probe it started from",

@@ -46,7 +46,9 @@ def read(assets: Path, home: Path, name: str, backbone: str) -> tuple[Tensor, Te
         environment = {**os.environ, "TLCLI_HOME": str(home / "cache")}
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     with np.load(output) as arrays:
-        return torch.from_numpy(arrays["features"]).float(), torch.from_numpy(arrays["labels"]).long()
+        train = arrays["splits"] == "train"
+        features, labels = arrays["features"][train], arrays["labels"][train]
+        return torch.from_numpy(features).float(), torch.from_numpy(labels).long()
 
 
 def synthetic(num_rows: int, width: int, num_classes: int) -> tuple[Tensor, Tensor]:

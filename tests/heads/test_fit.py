@@ -195,6 +195,46 @@ def test_non_finite_features_are_refused_by_row(bad):
         fit_head(features, labels, 3, HeadOptions())
 
 
+@pytest.mark.parametrize("head", ["linear", "mlp:8", "ridge", "lda", "ncm", "knn"])
+@pytest.mark.parametrize("factor", [1e30, 1e20, 1e-20, 1e-30])
+def test_features_near_the_ends_of_fp32_are_learnt(head, factor):
+    features, labels = make(120, 20, 3)
+    options = HeadOptions(
+        head=head, **({"epochs": 15, "lr": "0.01", "dropout": "0"} if head == "mlp:8" else {})
+    )
+    usual = fit_head(features, labels, 3, options)
+    extreme = fit_head(features * factor, labels, 3, options)
+    assert usual.cv["top1_accuracy"] > 0.8
+    assert extreme.cv["top1_accuracy"] == pytest.approx(usual.cv["top1_accuracy"], abs=0.03)
+    torch.testing.assert_close(
+        extreme.head.logits(features * factor).softmax(1), usual.head.logits(features).softmax(1),
+        atol=0.02, rtol=0,
+    )  # fmt: skip
+
+
+def test_features_beyond_what_a_head_holds_are_refused():
+    features, labels = make(30, 10, 3)
+    with pytest.raises(DataError, match="The largest feature is"):
+        fit_head(features * (3e38 / float(features.abs().max())), labels, 3, HeadOptions())
+
+
+def test_what_can_teach_nothing_is_told():
+    features, labels = make(30, 10, 3)
+    cases = {
+        "constant_features": (torch.full_like(features, 2.0), labels),
+        "one_class": (features, torch.ones_like(labels)),
+        "unmeasured_head": (features[:3], labels[:3]),
+    }
+    for code, (values, truth) in cases.items():
+        with collected() as warnings:
+            fitted = fit_head(values, truth, 3, HeadOptions())
+        assert code in [warning["code"] for warning in warnings]
+        assert torch.isfinite(fitted.head.logits(values)).all()
+    with collected() as warnings:
+        fit_head(features, labels, 3, HeadOptions(l2="0.01,0.1,1"))
+    assert not {warning["code"] for warning in warnings} & set(cases)
+
+
 def test_what_is_no_matrix_of_features_is_refused():
     features, labels = make()
     with pytest.raises(DataError, match=r"\[N, D\]"):

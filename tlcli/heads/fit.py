@@ -17,11 +17,12 @@ from tlcli.config.head import CLOSED_FORM, HeadKind, HeadOptions
 from tlcli.heads.choice import FittedHead
 from tlcli.heads.closed_form import fit_closed_form, num_closed_form
 from tlcli.heads.head import Head
+from tlcli.heads.large_grid import fit_large, is_large
 from tlcli.heads.linear_grid import AUTO_L2, fit_linear
 from tlcli.heads.mlp_grid import AUTO_L2_MLP, fit_mlp
 from tlcli.heads.neighbours_grid import fit_neighbours, num_neighbours
 from tlcli.heads.nested import HeldOut, bootstrapped, nested, only_member, outer_folds
-from tlcli.heads.task import Task, check_features, make_task
+from tlcli.heads.task import Task, check_features, comfortable, make_task
 from tlcli.progress import Progress, Silent
 
 FITTERS: dict[HeadKind, Callable[[Task, HeadOptions, Progress], FittedHead]] = {
@@ -73,8 +74,12 @@ def fit_head(
     """
     started = time.perf_counter()
     check_features(features, labels, num_classes)
+    factor = comfortable(features)
+    features = features if factor == 1.0 else features * factor
     task = make_task(features, labels, num_classes, options, groups, torch.device(device))
     fitted = _choose(task, options, progress or Silent())
+    if factor != 1.0:
+        fitted = dataclasses.replace(fitted, head=fitted.head.rescaled(factor))
     fitted.cv["folds"] = task.num_folds
     return dataclasses.replace(fitted, task=task, seconds=time.perf_counter() - started)
 
@@ -115,4 +120,6 @@ def held_out_scores(
 
 
 def _choose(task: Task, options: HeadOptions, progress: Progress) -> FittedHead:
+    if options.kind == "linear" and options.l2 == "auto" and task.num_folds and is_large(task):
+        return fit_large(task, options, progress)
     return FITTERS[options.kind](task, options, progress)

@@ -20,6 +20,9 @@ class Head(Protocol):
     def shifted(self, values: Tensor) -> "Head":
         """Return the head whose logits are larger by `values`, fp32 [C]."""
 
+    def rescaled(self, factor: float) -> "Head":
+        """Return the head that gives features the logits of this one for `factor` times the features."""
+
     def state(self) -> dict[str, Tensor]:
         """Return the tensors to save."""
 

@@ -50,6 +50,10 @@ class LinearHead:
         """Return the head whose logits are larger by `values`, fp32 [C]."""
         return dataclasses.replace(self, bias=self.bias + values)
 
+    def rescaled(self, factor: float) -> "LinearHead":
+        """Return the head that gives features the logits of this one for `factor` times the features."""
+        return self if self.normalise else dataclasses.replace(self, weight=self.weight * factor)
+
     def state(self) -> dict[str, Tensor]:
         """Return the tensors to save."""
         return {"weight": self.weight, "bias": self.bias}
@@ -112,6 +116,11 @@ class Basis:
         inside = weights[..., :-1] * self.factor
         return torch.cat([inside, weights[..., -1:] - inside @ self.centre[:, None]], -1)
 
+    def inverse(self, weights: Tensor) -> Tensor:
+        """Return weights [..., r + 1] of the coordinates as ones of the centred and divided coordinates."""
+        inside = weights[..., :-1]
+        return torch.cat([inside / self.factor, weights[..., -1:] + inside @ self.centre[:, None]], -1)
+
     def outward(self, gradient: Tensor) -> Tensor:
         """Return gradients [..., r + 1] by the coordinates as ones by the centred and divided ones."""
         bias = gradient[..., -1:]
@@ -146,8 +155,11 @@ class Basis:
 
 def unit_rows(features: Tensor) -> Tensor:
     """Return features [N, D] with every row divided by its l2 norm (zero rows stay zero)."""
-    norms: Tensor = torch.linalg.vector_norm(features, dim=1, keepdim=True)
-    return features / norms.clamp_min(1e-12)
+    # Squares of what is near an end of fp32's range would be infinite or 0.
+    largest = features.abs().amax(1, keepdim=True).clamp_min(1e-37)
+    scaled = features / largest
+    norms: Tensor = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    return scaled / norms.clamp_min(1e-12)
 
 
 def make_coordinates(inputs: Tensor, *, standardised: bool = False) -> Coordinates:

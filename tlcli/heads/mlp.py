@@ -50,6 +50,10 @@ class MlpHead:
         """Return the head whose logits are larger by `values`, fp32 [C]."""
         return dataclasses.replace(self, biases=(*self.biases[:-1], self.biases[-1] + values))
 
+    def rescaled(self, factor: float) -> "MlpHead":
+        """Return the head that gives features the logits of this one for `factor` times the features."""
+        return dataclasses.replace(self, weights=(self.weights[0] * factor, *self.weights[1:]))
+
     def state(self) -> dict[str, Tensor]:
         """Return the tensors to save."""
         state = {f"layers.{index}.weight": weight for index, weight in enumerate(self.weights)}

@@ -59,6 +59,10 @@ class NeighboursHead:
         """Return the head whose logits are larger by `values`, fp32 [C]."""
         return dataclasses.replace(self, shift=self.shift + values)
 
+    def rescaled(self, factor: float) -> "NeighboursHead":  # noqa: ARG002 (rows are compared by direction)
+        """Return the head that gives features the logits of this one for `factor` times the features."""
+        return self
+
     def state(self) -> dict[str, Tensor]:
         """Return the tensors to save."""
         return {name: getattr(self, name) for name in ("rows", "labels", "votes", "prior", "shift")}

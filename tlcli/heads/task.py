@@ -1,6 +1,7 @@
 """What a head is fitted to: features, targets, class weights and folds."""
 
 import logging
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,11 @@ from torch import Tensor
 from tlcli.config.head import HeadOptions
 from tlcli.data.folds import assign_folds
 from tlcli.errors import DataError
+from tlcli.warned import warn
 
 logger = logging.getLogger(__name__)
+
+LARGEST = 1e36  # features whose weights are still normal numbers of fp32
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,28 @@ def check_features(features: Tensor, labels: Tensor, num_classes: int) -> None:
             f"{len(bad)} of {len(features)} feature rows are not finite, the first is row {int(bad[0])}.",
             hint="Extract them again with --dtype fp32; if they stay, the backbone's weights are broken.",
         )
+    if float(features.abs().max()) > LARGEST:
+        raise DataError(
+            f"The largest feature is {float(features.abs().max()):.1e}; a head holds up to {LARGEST:.0e}.",
+            hint="The backbone's weights are broken or its images are not normalised as it expects.",
+        )
+    if bool((features == features[:1]).all()):
+        text = f"all {len(features)} images have the same features, so that a head can only name the most"
+        warn("constant_features", f"{text} frequent class; is the backbone's weights file the right one?")
+    if bool((labels == labels[0]).all()) and len(labels) > 1:
+        text = f"all {len(labels)} images trained on are of one class of {num_classes}"
+        warn("one_class", f"{text}: the head names it for every image")
+
+
+def comfortable(features: Tensor) -> float:
+    """Return the power of two that brings features far from 1 near it, 1 for others.
+
+    Squares of what is near an end of fp32's range are infinite or 0.
+    """
+    largest = float(features.abs().max())
+    if largest == 0.0 or 1e-12 <= largest <= 1e12:
+        return 1.0
+    return float(2.0 ** -round(math.log2(largest)))
 
 
 def make_task(
@@ -90,7 +116,8 @@ def make_task(
     groups_array = np.arange(len(labels)) if groups is None else groups.cpu().numpy()
     folds, num_folds = assign_folds(labels_array, groups_array, options.folds, options.seed)
     if not num_folds:
-        logger.info("too few images for cross-validation: the head takes default hyperparameters, unmeasured")
+        text = "too few images for cross-validation, which needs two independent ones of a class"
+        warn("unmeasured_head", f"{text}: the head takes default hyperparameters, unmeasured")
     elif num_folds < options.folds:
         reason = "no class has more independent images"
         logger.info("cross-validation uses %d folds instead of %d: %s", num_folds, options.folds, reason)
