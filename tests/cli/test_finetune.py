@@ -158,7 +158,7 @@ def test_warnings_are_in_the_plan_the_result_the_run_its_card_and_its_report(run
     shutil.copy(first, folder / "b" / "copy.png")
     second.write_bytes(b"no image")
     run = tmp_path / "run"
-    words = ("finetune", folder, *TINY, "--max-bad", "0.5", "-o", run, "-q")
+    words = ("finetune", folder, *TINY, "--l2", "0.1", "--max-bad", "0.5", "-o", run, "-q")
     plan = json.loads(run_cli(*words, "--dry-run", "--json").stdout)
     assert [warning["code"] for warning in plan["warnings"]] == ["conflicting_labels"]
     result = run_cli(*words, "--json")

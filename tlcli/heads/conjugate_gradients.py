@@ -10,9 +10,8 @@ from tlcli.heads.row_loss import RowLoss
 from tlcli.heads.spaces import Problems, Space, Span, backward, forward
 
 MAX_ITERATIONS = 500
-SLOW = 12  # iterations after which a problem is slow
 SLOW_ELEMENTS = 1 << 25  # of the Hessians of slow problems, fp32: 128 MiB
-REFRESH = 12  # iterations after which increments are replaced by what they add up to
+REFRESH = 20  # iterations after which increments are replaced by what they add up to
 # Share of the gradient at the last check below which what increments add up to is uncertain.
 NOISE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 STEEP = 0.3  # share of its slope at the start that a step may leave
@@ -101,14 +100,12 @@ class Solver:
 
     def __init__(self, spaces: list[Space], problems: Problems, tolerance: float) -> None:
         self.spaces = spaces
-        first = spaces[0].coordinates
-        device = first.device
+        first, device = spaces[0].coordinates, problems.l2.device
         self.low = spaces[0].fast.dtype
         self.rounds = self.low != torch.float32
         self.tolerance = tolerance
         self.labels = torch.stack([space.labels for space in spaces])  # [S, N]
         self.loss = RowLoss(problems.num_classes, problems.smoothing)
-        self.num_rows = len(first)
         each = len(problems.l2)
         count, rows = len(spaces) * each, self.loss.num_logits
         self.weights = torch.zeros(count, rows, first.shape[1], device=device)
@@ -116,9 +113,8 @@ class Solver:
         self.space = torch.arange(len(spaces), device=device).repeat_interleave(each)
         self.shares = torch.stack([space.row_weights for space in spaces])[self.space]  # [P, N]
         self.gradient, self.direction, self.turn = (torch.zeros_like(self.weights) for _ in range(3))
-        self.logits, self.slack, self.spare = (
-            torch.zeros(count, rows, self.num_rows, device=device) for _ in range(3)
-        )
+        outputs = torch.zeros(count, rows, len(first), device=device)
+        self.logits, self.slack, self.spare = outputs, outputs.clone(), outputs.clone()
         self.change, self.rise = (torch.zeros_like(self.logits, dtype=self.low) for _ in range(2))
         self.curvature = torch.zeros(count, rows, device=device)
         self.spread = torch.zeros(count, device=device)
@@ -129,6 +125,7 @@ class Solver:
         # Which problem each slot of the state holds: slots are given up as problems converge.
         self.place = torch.arange(count, device=device)
         self.hessians: list[Tensor | None] = [None] * count  # Cholesky factors [K, R, R] of slow problems
+        self.built = [0] * count  # the iteration they are of
         self.bounds = [each * number for number in range(len(spaces) + 1)]
 
     # ---- the loop -----------------------------------------------------------------------------------------
@@ -188,16 +185,18 @@ class Solver:
     def _model_hessians(self, which: Tensor, iteration: int) -> None:
         """Precondition problems `which` that are slow with the Hessian's own blocks, one a class.
 
-        Where a few rows stay undecided, for one because their image is in two classes, their curvature is
-        thousands of times that of the others, and a mean of it says little.
+        Where rows stay undecided (an image in two classes), a mean curvature says little of the others'.
         """
         elements = self.weights[0].numel() * self.weights.shape[2]
         room = SLOW_ELEMENTS // elements - sum(factor is not None for factor in self.hessians)
-        slow = [slot for slot in which.tolist() if iteration >= SLOW]
+        # Building them costs about half as many iterations as there are coordinates.
+        due = max(REFRESH, self.weights.shape[2] // 4)
+        slow = [slot for slot in which.tolist() if iteration - self.built[slot] >= due]
         for slot in slow[: max(0, room)]:
             space = self.spaces[int(self.space[slot])]
             share = self.loss.variance(self.slack[slot][None])[0] * self.shares[slot]
             self.hessians[slot] = space.hessian(share, float(self.penalty[slot]))
+            self.built[slot] = iteration
 
     def _note(self, decrement: Tensor, iteration: int) -> None:
         """Remember the decrements of problems that were checked at `iteration`."""
@@ -247,6 +246,7 @@ class Solver:
         for name in STATE + COUNTS:
             setattr(self, name, getattr(self, name)[keep])
         self.hessians = [self.hessians[slot] for slot in keep.tolist()]
+        self.built = [self.built[slot] for slot in keep.tolist()]
         for name in ("spare", "change", "rise"):
             setattr(self, name, getattr(self, name)[: len(keep)])
 

@@ -5,6 +5,7 @@ there first, by name.
 """
 
 BORROWED: dict[str, str] = {
+    "torch._fused_adamw_": "Adam of many tensors in one call; torch.optim makes one of an optimiser's only",
     "torch._standard_gamma": "a Beta draw from a generator; torch.distributions takes none",
     "torch.cpu._is_amx_tile_supported": "whether bf16 products are fast; not public",
     "torch.cpu._is_avx512_bf16_supported": "likewise",
