@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.heads.points import make
 from tlcli.config.head import SCALINGS, HeadOptions
 from tlcli.errors import DataError
 from tlcli.heads import discriminants
@@ -26,16 +27,6 @@ from tlcli.heads.temperature import fit_temperature
 
 KINDS = ("ridge", "lda", "ncm", "knn")
 LINEAR_KINDS = ("ridge", "lda", "ncm")
-
-
-def make(num_rows=150, width=40, num_classes=3, seed=0, spread=2.0):
-    """Return features with a decaying spectrum and an offset, like pooled activations, and labels."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(num_rows) % num_classes
-    centres = torch.randn(num_classes, width, generator=generator)
-    noise = torch.randn(num_rows, width, generator=generator) @ torch.diag(torch.logspace(0.5, -1.5, width))
-    mixing = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
-    return (spread * centres[labels] * 0.3 + noise) @ mixing + 3.0, labels
 
 
 def assert_close(one: Sums, two: Sums, tolerance: float = 1e-9) -> None:
