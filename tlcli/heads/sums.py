@@ -132,7 +132,7 @@ def sum_rows(
         labels: int64 [N] in [0, num_classes).
         num_classes: Number of classes, those of other parts included.
         row_weights: fp32 [N], not negative; 1 for every row without.
-        shift: fp64 [D]; the mean of the first block unless given. It is rounded to fp32, so that rows
+        shift: fp64 [D]; the mean of the first block if None. It is rounded to fp32, so that rows
             near it lose nothing when it is subtracted in fp32.
         unit: Divide each row by its l2 norm first.
         products: Whether X'X is needed.
