@@ -79,3 +79,11 @@ def test_given_penalties_are_not_searched():
     features, labels = blobs(200, 20, 3)
     found = fit_head(features, labels, 3, HeadOptions(l2="0.01,0.1"))
     assert {row["l2"] for row in found.table} == {0.01, 0.1}
+
+
+def test_few_rows_are_not_searched():
+    """Coordinates of their span are not features, which a fold could standardise."""
+    for num_rows, large in ((40, False), (90, True)):
+        features, labels = blobs(num_rows, 100, 3)
+        task = make_task(features, labels, 3, HeadOptions(), None, torch.device("cpu"))
+        assert large_grid.is_large(task) == large

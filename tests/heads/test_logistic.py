@@ -12,7 +12,7 @@ from tlcli.heads import linear_grid
 from tlcli.heads.linear import unit_rows
 from tlcli.heads.linear_grid import AUTO_L2, cross_validate
 from tlcli.heads.logistic import TOLERANCE, solve
-from tlcli.heads.spaces import Problems
+from tlcli.heads.spaces import Problems, make_spaces
 from tlcli.heads.task import make_task
 from tlcli.progress import Silent
 
@@ -185,3 +185,11 @@ def test_products_in_bf16_change_no_solution(monkeypatch, num_rows, num_classes)
     for index in range(len(grid)):
         one, two = (fold.basis.logits(found.weights[0, index], features) for found in (usual, low))
         torch.testing.assert_close(one.softmax(0), two.softmax(0), atol=2e-2, rtol=0)
+
+
+def test_a_hessian_that_cannot_be_factored_is_done_without():
+    features, labels = make(30, 60, 3)
+    fold, _ = fold_of(features, labels)
+    space = make_spaces(problems([fold], 3, [1e-2]))[0]
+    assert space.hessian(torch.full((3, 30), 0.01), 1e-2) is not None
+    assert space.hessian(torch.full((3, 30), -1.0), 1e-2) is None

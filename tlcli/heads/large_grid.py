@@ -20,7 +20,15 @@ from torch import Tensor
 from tlcli.config.head import HeadOptions
 from tlcli.heads.choice import FittedHead, Scores, Trials, choose_member
 from tlcli.heads.conjugate_gradients import Solver
-from tlcli.heads.linear import Basis, Coordinates, LinearHead, make_basis, make_coordinates, unit_rows
+from tlcli.heads.linear import (
+    Basis,
+    Coordinates,
+    LinearHead,
+    is_wide,
+    make_basis,
+    make_coordinates,
+    unit_rows,
+)
 from tlcli.heads.linear_grid import cross_validate
 from tlcli.heads.spaces import Fold, Problems, make_spaces
 from tlcli.heads.task import Task
@@ -29,9 +37,7 @@ from tlcli.warned import warn
 
 logger = logging.getLogger(__name__)
 
-LARGE_WORK = (
-    1e11  # operations of a step, 4 N D C, from which the grid is searched: about a second on two cores
-)
+LARGE_WORK = 1e11  # operations of a step, 4 N D C, from which the grid is searched: about a second
 SAMPLE_WORK = 2e10  # of a step on the sample
 SAMPLE_L2 = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 STEP = 10.0**0.5  # between the l2 values sought
@@ -44,7 +50,9 @@ LOSS_BLOCK = 4096  # rows whose outputs are held at once
 
 
 def is_large(task: Task) -> bool:
-    """Return whether the grid of a task is searched rather than tried whole."""
+    """Return whether the grid is searched rather than tried whole: neither on a GPU nor on few rows."""
+    if task.labels.device.type != "cpu" or is_wide(*task.features.shape):
+        return False
     return 4.0 * task.features.numel() * task.num_classes >= LARGE_WORK
 
 

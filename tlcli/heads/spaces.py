@@ -110,8 +110,8 @@ class Space:
         along.mul_(known.reciprocal_().sub_(rest))
         torch.addcmul(along @ basis.axes.T, gradient, rest, out=out)
 
-    def hessian(self, shares: Tensor, penalty: float) -> Tensor:
-        """Return Cholesky factors fp32 [K, R, R] of the Hessian's blocks, a class each.
+    def hessian(self, shares: Tensor, penalty: float) -> Tensor | None:
+        """Return Cholesky factors fp32 [K, R, R] of the Hessian's blocks, one a class, if they have any.
 
         Args:
             shares: Curvature of each row in each class times its weight, fp32 [K, N].
@@ -125,8 +125,8 @@ class Space:
         diagonal = blocks.diagonal(dim1=1, dim2=2)
         diagonal[:, :-1] += penalty
         diagonal += 1e-6 * diagonal.mean(1, keepdim=True)  # fp32 products are not quite positive
-        factors: Tensor = torch.linalg.cholesky(blocks)
-        return factors.float()
+        factors, failed = torch.linalg.cholesky_ex(blocks)
+        return None if bool(failed.any()) else factors.float()
 
 
 def make_spaces(problems: Problems) -> list[Space]:
